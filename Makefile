@@ -1,0 +1,43 @@
+# make test   lint, types and tests          make demo   a small model, its text and a run on it
+# make lint   lint and types only            make clean  remove what make made, the environment included
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := test
+.PHONY: test lint demo clean
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# constraints.txt says which pyright; it need not ask the network for a newer one.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo_model.py .demo
+	$(BIN)/qkscope run --model .demo/model --data.source .demo/stories.parquet --layers 0 1 2 --out runs/demo \
+	  --data.context 128 --dictionary.width 300 --dictionary.k 8 --training.tokens 400000 \
+	  --pairs.count 2000 --pairs.tokens 200000
+
+# The stamp is the last thing written and the first thing removed, so an environment without it is one that an
+# interrupted install left: it is made anew. One with it is brought up to date in place.
+$(STAMP): pyproject.toml constraints.txt
+	python="$$(for p in python3.11 python3; do "$$p" -c '' >/dev/null 2>&1 && { echo "$$p"; break; }; done || true)"; \
+	[ -n "$$python" ] || { echo "make: no python3.11 and no python3 on PATH; install Python 3.11 or newer" >&2; exit 2; }; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$("$$python" -V) is too old; install Python 3.11 or newer" >&2; exit 2; }; \
+	[ -e $(STAMP) ] || "$$python" -m venv --clear .venv
+	rm -f $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv .demo runs/demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

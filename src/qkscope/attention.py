@@ -1,0 +1,468 @@
+"""AttentionSite: read and replace one layer's attention in any Hugging Face model.
+
+transformers routes nearly every model's attention through one registry. qkscope registers its own function there, with
+its mask function (an unregistered mask name would mean: no mask), and so sees what each layer's attention sees: queries
+and keys, the mask, the scale, the soft cap and the learned sinks. No architecture is named in this file.
+
+What is notable:
+- Queries and keys are handed over as they *enter* the rotary embedding (see rotary.py), so a feature means the same at
+  every position. `PatternRule` holds all that turns them into a pattern.
+- A site checks itself when it is made: the pattern from its own q, k, mask and scale must equal the model's own.
+- One forward pass serves any number of layers and stops after the last wanted one.
+
+Shapes: B sequences, T positions (Q as a query, K as a key), D residual width, N query heads, G key-value heads, H head
+width. With learned sinks a pattern has one more column at the end, the sink's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+from .errors import UserError
+from .rotary import Rotary, RotaryCall, RotaryLayout
+
+IMPLEMENTATION = "qkscope"
+SUPPORTED = (
+    "gpt2, gpt_neox, llama, qwen2, qwen3, gemma, gemma2, gemma3, mistral, phi, phi3, olmo2, olmo3, opt, granite, "
+    "cohere2, starcoder2, deepseek_v3, gpt_oss, bert"
+)
+
+
+@dataclass(frozen=True)
+class PatternRule:
+    """All that makes a layer's pattern of its queries and keys on one batch; taken from the model, never set by us."""
+
+    visible_BQK: Tensor
+    """bool [B or 1, Q, K]: which keys a query may see (causal, sliding or padding mask)."""
+    scaling: float
+    softcap: float | None = None
+    sink_N: Tensor | None = None
+    """Learned score of a sink that takes part in the softmax and is then dropped."""
+    rotary: Rotary | None = None
+
+    @property
+    def shift_free(self) -> bool:
+        """Whether a constant added to a score row leaves the pattern as it is."""
+        return self.softcap is None and self.sink_N is None
+
+    def scores(self, q_BTNH: Tensor, k_BTGH: Tensor) -> Tensor:
+        """Scaled, soft-capped scores of every query and key, float32 [B, N, Q, K], before the mask."""
+        q, k = q_BTNH.float(), k_BTGH.float()
+        if self.rotary is not None:
+            q, k = self.rotary.rotate(q), self.rotary.rotate(k)
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return self.cap((q * self.scaling) @ k.transpose(2, 3))
+
+    def cap(self, scores: Tensor) -> Tensor:
+        """The model's soft cap on scaled scores."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def masked(self, scores_BNQK: Tensor) -> Tensor:
+        """-inf where a key is not visible, and the sink's column where there is one."""
+        scores = scores_BNQK.masked_fill(~self.visible_BQK[:, None], -torch.inf)
+        if self.sink_N is None:
+            return scores
+        sink = self.sink_N.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sink], -1)
+
+    def plain(self) -> PatternRule:
+        """The same mask, and nothing else: scores are bare products."""
+        return PatternRule(self.visible_BQK, 1.0)
+
+    def crop(self, length: int) -> PatternRule:
+        """The rule for the first `length` positions of the first sequence."""
+        visible = self.visible_BQK[:1, :length, :length]
+        return replace(self, visible_BQK=visible, rotary=self.rotary and self.rotary.of_sequence(0, length))
+
+    def log_pattern(self, q_BTNH: Tensor, k_BTGH: Tensor) -> Tensor:
+        """Log of the attention pattern, float32 [B, N, Q, K] (one more column with a sink); -inf where masked."""
+        return self.masked(self.scores(q_BTNH, k_BTGH)).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What one layer's attention was handed on one batch."""
+
+    x_BTD: Tensor
+    """Input of the attention module, after the layer's own norm."""
+    q_BTNH: Tensor
+    """Queries as they enter the rotary embedding; float32, as the keys, whatever the model computes in."""
+    k_BTGH: Tensor
+    rule: PatternRule
+    real_BT: Tensor
+    """bool: False at padding. Every average leaves padded queries out."""
+
+    @cached_property
+    def log_pattern_BNQK(self) -> Tensor:
+        """The model's own pattern."""
+        return self.rule.log_pattern(self.q_BTNH, self.k_BTGH)
+
+    def detached(self) -> AttentionInputs:
+        return replace(self, x_BTD=self.x_BTD.detach(), q_BTNH=self.q_BTNH.detach(), k_BTGH=self.k_BTGH.detach())
+
+
+class PatternSource(Protocol):
+    """Anything that gives a pattern for what an attention saw: a decomposition, an ablation, a control."""
+
+    def __call__(self, inputs: AttentionInputs) -> Tensor: ...
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last wanted layer."""
+
+
+Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, "PatternRule"], Tensor | None]
+_handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
+_seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function; q, k, v are [B, heads, T, H] and the result [B, T, N, H]."""
+    if _seen is not None:
+        _seen.append(module)
+    handler = _handlers.get(module)
+    if handler is None and softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rule = PatternRule(
+        visible_BQK=_visible(attention_mask, query, key),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sink_N=s_aux,
+    )
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    pattern = handler(module, q, k, value, rule) if handler else None
+    if pattern is None:
+        pattern = rule.log_pattern(q, k).exp()
+    pattern = pattern[..., : key.shape[2]].to(value.dtype)  # the sink takes mass and carries no value
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return (pattern @ value).transpose(1, 2).contiguous(), pattern
+
+
+def _visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """bool [B or 1, Q, K] of the additive mask that the model made; None means that every key is visible."""
+    n_query, n_key = query.shape[2], key.shape[2]
+    if mask is None:
+        return torch.ones(1, n_query, n_key, dtype=torch.bool, device=query.device)
+    mask = mask[..., :n_key]
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = visible[:, 0]
+    # A padded query may see no key at all; it counts nowhere, but its softmax must stay finite.
+    return visible | ~visible.any(-1, keepdim=True)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
+
+
+class AttentionSite:
+    """One layer's attention in a running model.
+
+    Making one runs the model a few times on random tokens and raises `UserError` where the model does not route its
+    attention through the registry, the layer does not exist, or the site's own pattern is not the model's.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, layer: int) -> None:
+        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+        self.modules = _attention_modules(model)
+        if not 0 <= layer < len(self.modules):
+            raise UserError(
+                f"layer {layer} is out of range: the model has attention layers 0 to {len(self.modules) - 1}"
+            )
+        self.module = self.modules[layer]
+        self.layout = self._find_rotary()
+        self.check()
+
+    @classmethod
+    def load(cls, name: str, *, layer: int, dtype: str = "float32", device: str = "cpu") -> AttentionSite:
+        """Load a model by folder or name and open one of its layers."""
+        from .models import load_model
+
+        model, tokenizer = load_model(name, dtype=dtype, device=device)
+        return cls(model, tokenizer, layer=layer)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model predicts tokens (an encoder without a language-model head does not)."""
+        return self.model.get_output_embeddings() is not None and not self.bidirectional  # type: ignore[operator]
+
+    @cached_property
+    def bidirectional(self) -> bool:
+        return bool(self._probe().rule.visible_BQK[0].triu(1).any())
+
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        """Widths of the layer: D, N, G, H."""
+        inputs = self._probe()
+        _, _, n, h = inputs.q_BTNH.shape
+        return {"D": inputs.x_BTD.shape[-1], "N": n, "G": inputs.k_BTGH.shape[2], "H": h}
+
+    @contextmanager
+    def replace_pattern(self, source: PatternSource | Any, pairs: str = "kept") -> Iterator[None]:
+        """While open, this layer's pattern is `source`'s: a function of `AttentionInputs`, or a `Decomposition`.
+
+        Values, and everything else in the model, stay as they are. `pairs` is handed to a decomposition: "kept" (the
+        pruned map) or "all" (the transcoders).
+        """
+        of_pairs = getattr(source, "pattern_source", None)
+        pattern = of_pairs(pairs) if of_pairs else source
+        with self._handle(lambda inputs: pattern(inputs)):
+            yield
+
+    @contextmanager
+    def _handle(self, on_inputs: Callable[[AttentionInputs], Tensor | None]) -> Iterator[None]:
+        arguments: dict[str, Any] = {}
+        signature = inspect.signature(self.module.forward)
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            bound = signature.bind_partial(*args, **kwargs).arguments
+            arguments.update(bound, **bound.get("kwargs", {}))
+
+        def handler(module: nn.Module, q: Tensor, k: Tensor, value: Tensor, rule: PatternRule) -> Tensor | None:
+            q, k = q.float(), k.float()  # back in bfloat16, rotated back values would be rounded a second time
+            if self.layout is not None:
+                rotary = self.layout.rotary(*arguments["position_embeddings"])
+                rule = replace(rule, rotary=rotary)
+                q, k = rotary.unrotate(q), rotary.unrotate(k)
+            x = arguments["hidden_states"]
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            return on_inputs(AttentionInputs(x, q, k, rule, real))
+
+        if self.module in _handlers:
+            raise RuntimeError(f"layer {self.layer} is already being read or replaced")
+        hook = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        _handlers[self.module] = handler
+        try:
+            yield
+        finally:
+            del _handlers[self.module]
+            hook.remove()
+            arguments.clear()
+
+    @torch.no_grad()
+    def _find_rotary(self) -> RotaryLayout | None:
+        """The layout of the module's rotary function, by recording one call of it; None without one."""
+        calls: list[RotaryCall] = []
+        queries: list[Tensor] = []
+        file = sys.modules[type(self.module).__module__].__dict__
+        names = [n for n, f in file.items() if "apply_rotary" in n and callable(f)]
+        tables: list[Any] = []
+
+        def recorder(function: Callable) -> Callable:
+            def record(*args: Any, **named: Any) -> Any:
+                result = function(*args, **named)
+                calls.append(RotaryCall(function, args, named, result))
+                return result
+
+            return record
+
+        def handler(module: nn.Module, q: Tensor, k: Tensor, value: Tensor, rule: PatternRule) -> None:
+            queries.append(q.transpose(1, 2))
+            raise _Stop
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.clear()
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            tables.append(bound.get("position_embeddings", bound.get("kwargs", {}).get("position_embeddings")))
+
+        originals = {n: file[n] for n in names}
+        hook = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        _handlers[self.module] = handler
+        try:
+            file.update({n: recorder(f) for n, f in originals.items()})
+            self._forward(*_random_tokens(self.model))
+        except _Stop:
+            pass
+        finally:
+            file.update(originals)
+            del _handlers[self.module]
+            hook.remove()
+        if not calls:
+            return None  # learned positions, or a layer without positions of its own
+        layout = RotaryLayout.probe(calls[-1], queries[-1])
+        if layout is None or not isinstance(tables[-1], tuple):
+            raise UserError(
+                f"{_name(self.model)}: layer {self.layer} changes its queries after the rotary embedding, or keeps "
+                f"the tables to itself; supported: {SUPPORTED}"
+            )
+        return layout
+
+    def _forward(self, tokens_BT: Tensor, real_BT: Tensor) -> Any:
+        return self.model(input_ids=tokens_BT, attention_mask=real_BT.long(), **_no_cache(self.model))
+
+    def _probe(self) -> AttentionInputs:
+        tokens, real = _random_tokens(self.model)
+        return harvest([self], tokens, real)[0]
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Refuse to go on unless this site's pattern is the model's own and replacing it takes effect."""
+        tokens, real = _random_tokens(self.model)
+        with self._reading(lambda x: x[:, :1].expand_as(x).contiguous()):
+            still = harvest([self], tokens, real)[0]
+        # bfloat16 has 8 bits of mantissa: the model's own pattern is then good to about 1e-2.
+        tolerance = 1e-3 if still.x_BTD.dtype == torch.float32 else 3e-2
+        for y in (still.q_BTNH, still.k_BTGH):
+            if not (y - y[:, :1]).abs().max() <= tolerance * y.abs().max():
+                raise UserError(
+                    f"{_name(self.model)}: queries or keys at layer {self.layer} depend on the position in a way that "
+                    f"is no rotary embedding known here; supported: {SUPPORTED}"
+                )
+        inputs = harvest([self], tokens, real)[0]
+        with self._reading(lambda x: inputs.x_BTD):  # rounding in the layers below is no business of this check
+            own = self._own_pattern(tokens, real)
+        mine = inputs.log_pattern_BNQK.exp()[..., : own.shape[-1]]
+        # Mass in the wrong place, mean over rows, in the worst head. Single rows of large scores are mostly rounding.
+        worst = (mine - own).abs().sum(-1).transpose(1, 2)[real].mean(0).max().item() / 2
+        if not worst <= tolerance:
+            raise UserError(
+                f"{_name(self.model)}: the pattern at layer {self.layer} is off by {worst:.1e} from the model's own; "
+                f"this architecture is not understood (supported: {SUPPORTED})"
+            )
+        plain = _first_output(self._forward(tokens, real))[real]
+        with self.replace_pattern(lambda inputs: inputs.log_pattern_BNQK.exp()):
+            same = _first_output(self._forward(tokens, real))[real]
+        with self.replace_pattern(lambda inputs: torch.zeros_like(inputs.log_pattern_BNQK)):
+            other = _first_output(self._forward(tokens, real))[real]
+        # Routing of experts and deep stacks amplify rounding, so the patched output is compared to the ablated one.
+        change, moved = (same - plain).float().norm(), (other - plain).float().norm()
+        if not change <= 0.05 * moved or not moved > 0:
+            raise UserError(
+                f"{_name(self.model)}: replacing the pattern at layer {self.layer} does not act as it should (the true "
+                f"pattern moves the output by {change:.1e}, a zero pattern by {moved:.1e})"
+            )
+
+    @contextmanager
+    def _reading(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While open, this layer reads `change(x)` in the place of its x [B, T, D]."""
+        signature = inspect.signature(self.module.forward)
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            bound = signature.bind(*args, **kwargs)
+            if "hidden_states" not in bound.arguments:
+                raise UserError(f"{_name(self.model)}: its attention takes no hidden_states; supported: {SUPPORTED}")
+            bound.arguments["hidden_states"] = change(bound.arguments["hidden_states"])
+            return bound.args, bound.kwargs
+
+        hook = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _own_pattern(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """The pattern that the model's own eager attention reports, float32 [B, N, Q, K]."""
+        patterns: list[Tensor] = []
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
+                raise UserError(f"{_name(self.model)}: its attention reports no pattern; supported: {SUPPORTED}")
+            patterns.append(output[1])
+
+        hook = self.module.register_forward_hook(after)
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+        try:
+            self._forward(tokens, real)
+        finally:
+            self.model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+            hook.remove()
+        return patterns[0].float()
+
+
+def harvest(sites: Sequence[AttentionSite], tokens_BT: Tensor, real_BT: Tensor) -> list[AttentionInputs]:
+    """What each site's attention saw, in one forward pass that stops after the last of them."""
+    found: dict[int, AttentionInputs] = {}
+    last = max(site.layer for site in sites)
+
+    def taker(site: AttentionSite) -> Callable[[AttentionInputs], None]:
+        def take(inputs: AttentionInputs) -> None:
+            found[site.layer] = replace(inputs.detached(), real_BT=real_BT)
+            if site.layer == last:
+                raise _Stop
+
+        return take
+
+    with torch.no_grad(), ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(site._handle(taker(site)))
+        with suppress(_Stop):
+            sites[0]._forward(tokens_BT, real_BT)
+    return [found[site.layer] for site in sites]
+
+
+def open_sites(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> list[AttentionSite]:
+    """A site for each layer of one model."""
+    return [AttentionSite(model, tokenizer, layer=layer) for layer in layers]
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that call the registered function, in the order of the forward pass."""
+    global _seen
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{_name(model)} is an encoder-decoder model, which is not supported; supported: {SUPPORTED}")
+    tokens, real = _random_tokens(model)
+    _seen = seen = []
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=real.long(), **_no_cache(model))
+    except ValueError as error:  # transformers refuses an implementation that the architecture does not take
+        raise UserError(
+            f"{_name(model)} does not route its attention through transformers' registry "
+            f"({str(error).splitlines()[0][:120]}); supported: {SUPPORTED}"
+        ) from None
+    finally:
+        _seen = None
+    if not seen:
+        raise UserError(
+            f"{_name(model)} does not route its attention through transformers' registry; supported: {SUPPORTED}"
+        )
+    return list(dict.fromkeys(seen))
+
+
+def _random_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Two sequences of random tokens [2, 24], the second padded on the right; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens = torch.randint(vocabulary, (2, 24), generator=generator)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 17:] = False
+    device = next(model.parameters()).device
+    return tokens.to(device), real.to(device)
+
+
+def _no_cache(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+def _first_output(output: Any) -> Tensor:
+    """Logits, or the last hidden state of a model without a head."""
+    return output.logits if getattr(output, "logits", None) is not None else output[0]
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model.config, "model_type", type(model).__name__))

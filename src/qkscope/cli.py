@@ -1,0 +1,136 @@
+"""The command line: tyro over the configs, no logic.
+
+What a person got wrong ends in one line on standard error and exit status 2; anything else that goes wrong is a bug and
+keeps its stack trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import ValidationError
+
+from .config import Config, RunConfig, build, known_keys, one_line, read_config
+from .errors import UserError, nearest
+
+USAGE = """usage: qkscope COMMAND [OPTIONS]
+
+  run        decompose layers of a model: harvest, both training steps, evaluation, report
+  evaluate   measure a finished run again and write its report anew
+
+qkscope COMMAND --help lists a command's options.
+"""
+
+
+class RunCommand(RunConfig):
+    """Decompose the QK circuit of a model's layers. The same command goes on with a run that was interrupted."""
+
+    out: Path = Path("runs/qkscope")
+    """Folder of the run; one that holds another run is never overwritten."""
+    config: Path | None = None
+    """A YAML file with any of these options; flags given beside it win."""
+
+
+class EvaluateCommand(Config):
+    """Measure every layer of a finished run again, on its held-out text, and write its report anew."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `qkscope`."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _dispatch(argv)
+    except UserError as error:
+        print(f"qkscope: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("qkscope: interrupted; give the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    command, rest = argv[0], argv[1:]
+    if command == "--version":
+        from . import __version__
+
+        print(f"qkscope {__version__}")
+    elif command == "run":
+        _run(rest)
+    elif command == "evaluate":
+        from .evaluate.run import evaluate_folder
+
+        chosen = _parse(EvaluateCommand, rest, "qkscope evaluate", {})
+        evaluate_folder(chosen.folder, device=chosen.device)
+    else:
+        raise UserError(f"unknown command {command!r}{nearest(command, ['run', 'evaluate'])}; see qkscope --help")
+
+
+def _run(argv: list[str]) -> None:
+    from .pipeline import run
+
+    values = _config_file(argv)
+    chosen = _parse(RunCommand, argv, "qkscope run", values)
+    config = build(chosen.model_dump(exclude={"out", "config"}))
+    run(config, chosen.out)
+
+
+def _config_file(argv: list[str]) -> dict[str, Any]:
+    """The values of the file named by --config, if one is, checked as a configuration of their own."""
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
+            values = read_config(path)
+            build(values, f"--config {path}")
+            return values
+    return {}
+
+
+def _parse(kind: type, argv: list[str], program: str, values: dict[str, Any]) -> Any:
+    """The command's options, with a person's slips said in one line."""
+    known = [f"--{key.replace('_', '-')}" for key in known_keys(kind)] + ["--help", "-h"]
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag.replace("_", "-") not in known:
+            raise UserError(f"unknown option {flag!r}{nearest(flag, known)}; see {program} --help")
+    default = kind.model_validate(values) if kind is RunCommand else tyro.MISSING_NONPROP
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=argv, prog=program, default=default)
+    except ValidationError as error:
+        raise UserError(one_line(error)) from None
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UserError(f"{_condensed(complaint.getvalue())}; see {program} --help") from None
+
+
+def _condensed(box: str) -> str:
+    """tyro's framed complaint, or pydantic's inside it, as one line with the option and the value."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    body = [line for line in lines if line and line[0] not in "╭╰─"]
+    ends = [i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))]
+    text = " ".join(body[: ends[0] if ends else None]).removeprefix("Error parsing ")
+    found = re.match(r"(\w+): \d+ validation errors? for \w+ (?:([\w.]+) (?=Input|List|Value))?(.*?) \[type=(.*)", text)
+    if not found:
+        return text
+    group, key, message, rest = found.groups()
+    value = re.search(r"input_value=(.*?), input_type", rest)
+    option = f"--{group}.{key}" if key else f"--{group}"
+    shown = f" {value[1]}" if value and key else ""
+    return f"{option}{shown}: {message.removeprefix('Value error, ')}"

@@ -1,0 +1,221 @@
+"""Everything a run can be told, as frozen models: one field, one meaning, one unit.
+
+A `RunConfig` is what the command line parses, what Python passes to `qkscope.run`, and what stands resolved in an
+artefact's `config.yaml`. An unknown key is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError, nearest
+
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+Recipe = Literal["default", "seed"]
+PairMethod = Literal["tune", "refit", "importance", "mask"]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Config):
+    """The text, and how it becomes sequences."""
+
+    source: str | None = None
+    """A .txt, .jsonl or .parquet file, or the name of a Hugging Face dataset (streamed)."""
+    text_column: str = "text"
+    """Column or key that holds the text."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    context: int = Field(default=256, ge=2)
+    """Tokens a sequence, the BOS token included; a longer document becomes several sequences, never a shared one."""
+    prepend_bos: bool = True
+    """Start every sequence with the tokenizer's BOS token, where it has one."""
+    heldout: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of documents kept for the report; as many again choose between candidates (validation)."""
+
+
+class DictionaryConfig(Config):
+    """One pair of dictionaries. A field left empty takes the recipe's value."""
+
+    recipe: Recipe = "default"
+    """`default`: BatchTopK, data-driven start, revival. `seed`: the published recipe with its faults mended."""
+    width: int = Field(default=2400, ge=1)
+    """Features on the query side."""
+    width_key: int | None = Field(default=None, ge=1)
+    """Features on the key side; empty: as many as on the query side."""
+    k: float = Field(default=16, gt=0)
+    """Average active features a query token (topk, batchtopk: exact; jumprelu: the target)."""
+    k_key: float | None = Field(default=None, gt=0)
+    """Average active features a key token; empty: as many as on the query side."""
+    activation: Activation | None = None
+    """relu, topk, batchtopk or jumprelu."""
+    sparsity: float | None = Field(default=None, ge=0)
+    """Weight of the sparsity penalty (relu: the root penalty; jumprelu: the pull of L0 to k)."""
+    start: Literal["projection", "kaiming"] | None = None
+    """Decoder rows from the model's own projection of the encoder directions, or Kaiming uniform."""
+    norm: Literal["score", "decoder"] | None = None
+    """What an activation is weighed by when the largest are chosen: its effect on scores, or the decoder row's norm."""
+    aux: float | None = Field(default=None, ge=0)
+    """Weight of the auxiliary loss that revives dead features; 0: none."""
+    dead_after: int = Field(default=50_000, ge=1)
+    """Tokens without firing after which a feature counts as dead for the auxiliary loss."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Adam's peak rate."""
+
+    @model_validator(mode="after")
+    def _k_within_width(self) -> DictionaryConfig:
+        for side, k, width in (("", self.k, self.width), ("_key", self.key_k, self.key_width)):
+            if k > width:
+                raise ValueError(f"k{side} is {k:g}, more than the width of {width}; lower k{side} or raise the width")
+        return self
+
+    @property
+    def key_width(self) -> int:
+        return self.width if self.width_key is None else self.width_key
+
+    @property
+    def key_k(self) -> float:
+        return self.k if self.k_key is None else self.k_key
+
+
+class SweepConfig(Config):
+    """Values to combine: one pair of dictionaries for each combination, all trained on one pass over the text."""
+
+    recipe: tuple[Recipe, ...] = ()
+    width: tuple[int, ...] = ()
+    k: tuple[float, ...] = ()
+    activation: tuple[Activation, ...] = ()
+    sparsity: tuple[float, ...] = ()
+
+
+class TrainingConfig(Config):
+    """Step 1's training, and what step 2's shares with it."""
+
+    tokens: int = Field(default=2_000_000, ge=1)
+    """Training tokens (padding not counted); the text is repeated in a new order where it ends before that."""
+    batch_tokens: int = Field(default=2048, ge=2)
+    """Tokens a step, as whole sequences of `data.context`."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the training over which the learning rate rises."""
+    decay: float = Field(default=0.3, ge=0, le=1)
+    """Share of the training over which the learning rate falls to a hundredth, at the end."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the model's and the dictionaries' products; pattern, log-softmax and KL are float32 always."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: a GPU where there is one."""
+    seed: int = 0
+    """Seed of the starts and of the order of the documents."""
+    log_steps: int = Field(default=20, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_steps: int = Field(default=200, ge=1)
+    """Steps between two checkpoints; a killed run goes on from the last one."""
+
+
+class PairsConfig(Config):
+    """Step 2: the pair map."""
+
+    method: PairMethod = "tune"
+    """tune: prune in stages and train dictionaries and strengths through the sparse map. refit: rank once, train the
+    strengths. importance: rank only. mask: the published trained mask (dense; for comparison)."""
+    count: int = Field(default=10_000, ge=1)
+    """Pairs to keep, over all heads."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Keep the fewest pairs whose pattern KL on validation text stays under this (nats); `count` is then the most."""
+    importance_tokens: int = Field(default=16_384, ge=1)
+    """Training tokens over which importance is averaged."""
+    validation_tokens: int = Field(default=16_384, ge=1)
+    """Validation tokens on which a selection is judged."""
+    tokens: int = Field(default=1_000_000, ge=0)
+    """Training tokens of refit, of the mask, or of all of tune's stages together."""
+    stages: int = Field(default=4, ge=1)
+    """tune: how many prunings lead to `count`."""
+    first: float = Field(default=8.0, ge=1)
+    """tune: the first stage keeps this many times the final count."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """tune: Adam's peak rate for the dictionaries."""
+    strength_rate: float = Field(default=1e-2, gt=0)
+    """refit and tune: Adam's peak rate for the kept strengths, relative to each weight's own size."""
+    mask_sparsity: float = Field(default=1e-6, ge=0)
+    """mask: weight of the root penalty on the mask, a sum over its entries."""
+
+
+class EvaluationConfig(Config):
+    """The report."""
+
+    tokens: int = Field(default=65_536, ge=1)
+    """Held-out tokens (fewer where the held-out documents end before)."""
+    controls: bool = True
+    """Measure the controls too: frozen random dictionaries, shuffled pairs, SVD of the model's own product."""
+    examples: int = Field(default=12, ge=0)
+    """Max-activating examples kept a feature."""
+
+
+class RunConfig(Config):
+    """One run: a model, its layers, the text, and both steps."""
+
+    model: str | None = None
+    """A Hugging Face model: its folder or its name."""
+    layers: tuple[int, ...] = ()
+    """Layers to decompose, in one pass over the text."""
+    data: DataConfig = DataConfig()
+    dictionary: DictionaryConfig = DictionaryConfig()
+    sweep: SweepConfig = SweepConfig()
+    training: TrainingConfig = TrainingConfig()
+    pairs: PairsConfig = PairsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every key of the configuration in its dotted form, e.g. `dictionary.width`."""
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += [f"{prefix}{name}", *known_keys(kind, f"{prefix}{name}.")]
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def build(values: dict[str, Any], where: str = "the configuration") -> RunConfig:
+    """A `RunConfig` from plain values, or a `UserError` that names the first key that does not fit."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {one_line(error)}") from None
+
+
+def one_line(error: ValidationError) -> str:
+    """The first complaint of a pydantic error, with the dotted key and the value."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = known_keys()
+        last = {k.rsplit(".", 1)[-1]: k for k in known}
+        hint = nearest(key, known) or nearest(key.rsplit(".", 1)[-1], last)
+        return f"unknown key {key!r}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file, or a `UserError`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds {type(values).__name__}, not keys and values")
+    return values

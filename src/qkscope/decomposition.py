@@ -1,0 +1,255 @@
+"""The decomposition: the artefact of one layer, on disk and applied.
+
+    config.yaml                     one folder up: the resolved run, versions, and each layer's shape
+    dictionaries.safetensors        both transcoders
+    pairs.parquet                   kept pairs, strongest first
+
+Reading needs no model. Every file is written under a temporary name and put in place in one step.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from torch import Tensor
+
+from .attention import AttentionInputs, PatternSource
+from .config import RunConfig, build
+from .dictionary import SparseTranscoder
+from .errors import UserError
+from .files import read_tensors, write_atomic, write_tensors
+from .kernels.row_kl import exp
+from .pairs.pair_map import Pairs, pair_scores, rows, with_bias
+
+SIDES = ("query", "key")
+TENSORS = ("W_enc", "b_enc", "b_in", "W_dec", "b_out", "threshold")
+PAIR_COLUMNS = {
+    "query_feature": pa.int32(),
+    "key_feature": pa.int32(),
+    "head": pa.int16(),
+    "strength": pa.float32(),
+    "weight_strength": pa.float32(),
+    "importance": pa.float32(),
+    "rank": pa.int32(),
+}
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """Widths of a layer: residual D, query heads N, key-value heads G, head H; whether it has a rotary embedding."""
+
+    D: int
+    N: int
+    G: int
+    H: int
+    rotary: bool
+
+
+@dataclass
+class Decomposition:
+    """Two dictionaries and the pairs kept between them."""
+
+    layer: int
+    shape: SiteShape
+    query: SparseTranscoder
+    key: SparseTranscoder
+    pairs: Pairs
+    strength_P: Tensor
+    """What multiplies a_q·a_k before the scale; with a rotary embedding, a factor on M(i-j)."""
+    weight_strength_P: Tensor
+    """⟨W_dec_q, W_dec_k⟩ (at distance 0 with a rotary embedding)."""
+    importance_P: Tensor
+    """Nats of pattern KL a query row, to second order."""
+    config: RunConfig
+    folder: Path | None = None
+
+    # Applying
+
+    def pattern_source(self, pairs: str = "kept") -> PatternSource:
+        """The pattern for what an attention saw: "kept" by the pruned map, "all" by the transcoders."""
+        if pairs not in ("kept", "all"):
+            raise UserError(f"pairs={pairs!r}: choose 'kept' or 'all'")
+        log_pattern = self.log_pattern_kept if pairs == "kept" else self.log_pattern_all
+        return lambda inputs: exp(log_pattern(inputs))
+
+    @torch.no_grad()
+    def log_pattern_all(self, inputs: AttentionInputs) -> Tensor:
+        """Log-pattern of the reconstructed queries and keys, [B, N, Q, K]."""
+        x = inputs.x_BTD.float()
+        q, k = self.query(x).view(inputs.q_BTNH.shape), self.key(x).view(inputs.k_BTGH.shape)
+        return inputs.rule.log_pattern(q, k)
+
+    @torch.no_grad()
+    def log_pattern_kept(self, inputs: AttentionInputs) -> Tensor:
+        """Log-pattern of the pruned map, [B, N, Q, K]."""
+        return inputs.rule.masked(self.scores(inputs)).log_softmax(-1)
+
+    @torch.no_grad()
+    def scores(self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None) -> Tensor:
+        """Capped scores of the kept pairs (or of others), [B, N, Q, K], before the mask."""
+        x = inputs.x_BTD.float()
+        return pair_scores(
+            self.pairs if pairs is None else pairs,
+            self.strength_P if strength_P is None else strength_P,
+            with_bias(self.query.encode(x)),
+            with_bias(self.key.encode(x)),
+            rows(self.query, self.shape.N),
+            rows(self.key, self.shape.G),
+            inputs.rule,
+        )
+
+    def to(self, device: str | torch.device) -> Decomposition:
+        self.query.to(device)
+        self.key.to(device)
+        for name in ("strength_P", "weight_strength_P", "importance_P"):
+            setattr(self, name, getattr(self, name).to(device))
+        p = self.pairs
+        self.pairs = Pairs(
+            p.query_P.to(device), p.key_P.to(device), p.head_P.to(device), p.n_query, p.n_key, p.n_heads
+        )
+        return self
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the run measured (report.json)."""
+        path = (self.folder or Path()) / "report.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); qkscope evaluate writes it") from None
+
+    # Reading and writing
+
+    def save(self, folder: Path) -> None:
+        """Write dictionaries.safetensors and pairs.parquet."""
+        save_transcoders(folder / "dictionaries.safetensors", self.query, self.key)
+        table = self.pair_table()
+        write_atomic(folder / "pairs.parquet", lambda path: pq.write_table(table, path))
+        self.folder = folder
+
+    def pair_table(self) -> pa.Table:
+        """Kept pairs by falling importance; -1 is a side's bias."""
+        order = self.importance_P.argsort(descending=True, stable=True)
+        query, key = self.pairs.query_P[order], self.pairs.key_P[order]
+        columns = {
+            "query_feature": query.where(query < self.pairs.n_query, -1),
+            "key_feature": key.where(key < self.pairs.n_key, -1),
+            "head": self.pairs.head_P[order],
+            "strength": self.strength_P[order],
+            "weight_strength": self.weight_strength_P[order],
+            "importance": self.importance_P[order],
+            "rank": torch.arange(len(order)),
+        }
+        return pa.table(
+            {name: pa.array(columns[name].cpu().numpy()).cast(kind) for name, kind in PAIR_COLUMNS.items()}
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Decomposition:
+        """Read one layer's artefact, e.g. `runs/gpt2/layer_10`; anything missing, cut short or misshapen is refused."""
+        folder = Path(folder)
+        layer, config, shape = _read_site(folder)
+        sides = load_transcoders(folder / "dictionaries.safetensors", config, shape)
+        pairs, table = _read_pairs(folder / "pairs.parquet", sides[0].width, sides[1].width, shape)
+        return cls(layer, shape, *sides, pairs, *table, config, folder)
+
+
+def save_transcoders(path: Path, query: SparseTranscoder, key: SparseTranscoder) -> None:
+    """Both dictionaries in one safetensors file, thresholds on the plain norm."""
+    tensors = {}
+    for side, transcoder in zip(SIDES, (query, key), strict=True):
+        tensors |= {f"{side}.{name}": getattr(transcoder, name) for name in TENSORS}
+        tensors[f"{side}.threshold"] = transcoder.plain_threshold()
+    write_tensors(path, tensors)
+
+
+def load_transcoders(path: Path, config: RunConfig, shape: SiteShape) -> tuple[SparseTranscoder, SparseTranscoder]:
+    """What `save_transcoders` wrote; a file that is missing, cut short or misshapen is a `UserError`."""
+    tensors, _ = read_tensors(path)
+    query, key = (_transcoder(tensors, side, path, config, shape) for side in SIDES)
+    return query, key
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The plain values of a run's config.yaml."""
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path} is missing; {folder} is not a qkscope run") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict) or "run" not in values:
+        raise UserError(f"{path} is damaged (no 'run' in it)")
+    return values
+
+
+def _read_site(folder: Path) -> tuple[int, RunConfig, SiteShape]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; name a run's layer folder, e.g. runs/gpt2/layer_10")
+    values = read_run(folder.parent)
+    name = folder.resolve().name
+    config = build(values["run"], str(folder.parent / "config.yaml"))
+    try:
+        layer = int(name.removeprefix("layer_"))
+        shape = SiteShape(**values["sites"][layer])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder.parent / 'config.yaml'} says nothing of {name}") from None
+    return layer, config, shape
+
+
+def _transcoder(
+    tensors: dict[str, Tensor], side: str, path: Path, config: RunConfig, shape: SiteShape
+) -> SparseTranscoder:
+    query = side == "query"
+    width = config.dictionary.width if query else config.dictionary.key_width
+    out = (shape.N if query else shape.G) * shape.H
+    wanted = {
+        "W_enc": (shape.D, width),
+        "b_enc": (width,),
+        "b_in": (shape.D,),
+        "W_dec": (width, out),
+        "b_out": (out,),
+        "threshold": (width,),
+    }
+    for name, size in wanted.items():
+        tensor = tensors.get(f"{side}.{name}")
+        if tensor is None:
+            raise UserError(f"{path} has no {side}.{name}")
+        if tuple(tensor.shape) != size:
+            raise UserError(f"{path}: {side}.{name} has shape {tuple(tensor.shape)}, config.yaml asks for {size}")
+    assert config.dictionary.activation is not None
+    k = config.dictionary.k if query else config.dictionary.key_k
+    transcoder = SparseTranscoder(shape.D, width, out, config.dictionary.activation, k)
+    with torch.no_grad():
+        for name in TENSORS:
+            getattr(transcoder, name).copy_(tensors[f"{side}.{name}"])
+    return transcoder.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def _read_pairs(path: Path, n_query: int, n_key: int, shape: SiteShape) -> tuple[Pairs, tuple[Tensor, ...]]:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120]})") from None
+    for name, kind in PAIR_COLUMNS.items():
+        if name not in table.column_names or table.schema.field(name).type != kind:
+            raise UserError(f"{path} has no column {name} of type {kind}")
+    query, key, head = (torch.from_numpy(table[n].to_numpy().copy()).long() for n in list(PAIR_COLUMNS)[:3])
+    inside = (query >= -1) & (query < n_query) & (key >= -1) & (key < n_key) & (head >= 0) & (head < shape.N)
+    if not bool(inside.all()):
+        row = int((~inside).nonzero()[0])
+        raise UserError(f"{path}: row {row} names a feature or head that the dictionaries do not have")
+    query, key = query.where(query >= 0, torch.tensor(n_query)), key.where(key >= 0, torch.tensor(n_key))
+    order = ((head * (n_query + 1) + query) * (n_key + 1) + key).argsort()
+    values = (torch.from_numpy(table[n].to_numpy().copy())[order] for n in ("strength", "weight_strength", "importance"))
+    return Pairs(query[order], key[order], head[order], n_query, n_key, shape.N), tuple(values)

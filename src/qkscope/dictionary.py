@@ -1,0 +1,146 @@
+"""SparseTranscoder: one side's dictionary, from the residual stream to queries or keys.
+
+    acts = act((x - b_in) W_enc + b_enc)         out = acts W_dec + b_out
+
+What is notable:
+- A feature's size is its activation times the norm of its decoder row, so rescaling a row changes nothing. Activations
+  that choose the largest features compare sizes.
+- `size_factor` lets training compare sizes in another norm than the plain one, e.g. by their effect on scores. It is
+  folded into the threshold when a dictionary is stored, so a reader only needs: f fires where relu(pre)·‖W_dec_f‖ >
+  threshold_f.
+- BatchTopK chooses the k·tokens largest of a batch in training and uses the running threshold afterwards (Bussmann et
+  al. 2024); JumpReLU learns its thresholds through a straight-through estimate (Rajamanoharan et al. 2024).
+
+Shapes: n tokens, D residual width, F features, M width of all heads together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import Activation
+
+THRESHOLD_MEMORY = 0.98  # share of the running threshold kept at each step: about 50 steps of memory
+JUMP_BANDWIDTH = 0.05  # width of the straight-through estimate, relative to the threshold
+
+
+class SparseTranscoder(nn.Module):
+    """One dictionary. Parameters are float32; `W_enc [D, F]`, `W_dec [F, M]`, biases `b_in [D]`, `b_enc [F]`, `b_out [M]`."""
+
+    def __init__(self, d_in: int, width: int, d_out: int, activation: Activation, k: float) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.k = k
+        self.W_enc = nn.Parameter(torch.zeros(d_in, width))
+        self.b_enc = nn.Parameter(torch.zeros(width))
+        self.b_in = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.zeros(width, d_out))
+        self.b_out = nn.Parameter(torch.zeros(d_out))
+        # JumpReLU learns it; ReLU and TopK leave it at 0; BatchTopK keeps the running mean of its smallest chosen size.
+        self.threshold = nn.Parameter(torch.zeros(width), requires_grad=activation == "jumprelu")
+        self.metric: Tensor | None
+        self.register_buffer("metric", None)
+
+    @property
+    def width(self) -> int:
+        return self.W_dec.shape[0]
+
+    def set_metric(self, metric_NHH: Tensor | None) -> None:
+        """Compare sizes in the norm √Σ_h w_hᵀ C_h w_h of decoder rows; None: in the plain norm."""
+        self.metric = None if metric_NHH is None else metric_NHH.clone()
+
+    def norms(self) -> Tensor:
+        """What an activation is multiplied by to give a size, [F]; not differentiated."""
+        w = self.W_dec.detach()
+        if self.metric is None:
+            return w.norm(dim=1)
+        n, h, _ = self.metric.shape
+        w = w.view(len(w), n, h)
+        return torch.einsum("fnh,nhg,fng->f", w, self.metric, w).clamp(min=0).sqrt()
+
+    def pre(self, x_nD: Tensor) -> Tensor:
+        """Activations before the nonlinearity, [n, F]."""
+        return (x_nD - self.b_in) @ self.W_enc + self.b_enc
+
+    def encode(self, x_nD: Tensor) -> Tensor:
+        """Feature activations, [n, F]: non-negative, mostly zero. In training mode BatchTopK chooses over the batch."""
+        return self.activate(self.pre(x_nD))
+
+    def activate(self, pre_nF: Tensor) -> Tensor:
+        """The nonlinearity, on `pre`'s result."""
+        acts = pre_nF.relu()
+        if self.activation == "relu":
+            return acts
+        norms = self.norms()
+        sizes = acts.detach() * norms
+        if self.activation == "topk":
+            chosen = sizes.topk(round(self.k), dim=-1).indices
+            return acts * torch.zeros_like(acts).scatter_(-1, chosen, 1.0)
+        if self.activation == "jumprelu":
+            return _JumpReLU.apply(acts, self.threshold, norms)  # type: ignore[return-value]
+        if self.training:
+            count = min(max(round(self.k * len(sizes)), 1), sizes.numel())
+            cut = sizes.flatten().kthvalue(sizes.numel() - count + 1).values
+            self._follow(cut)
+            return acts * ((sizes >= cut) & (sizes > 0))
+        return acts * (sizes > self.threshold)
+
+    @torch.no_grad()
+    def _follow(self, cut: Tensor) -> None:
+        memory = torch.where(self.threshold[0] > 0, THRESHOLD_MEMORY, 0.0)  # the first batch sets it
+        self.threshold.lerp_(cut.expand_as(self.threshold), 1 - memory)
+
+    def decode(self, acts_nF: Tensor) -> Tensor:
+        """Reconstructed queries or keys, [n, M]."""
+        return acts_nF @ self.W_dec + self.b_out
+
+    def forward(self, x_nD: Tensor) -> Tensor:
+        return self.decode(self.encode(x_nD))
+
+    def plain_threshold(self) -> Tensor:
+        """Thresholds on relu(pre)·‖W_dec_f‖, [F]: what an artefact stores and `norms` in the plain norm compares with."""
+        if self.metric is None:
+            return self.threshold.detach().clone()
+        plain, norms = self.W_dec.detach().norm(dim=1), self.norms()
+        # A row without effect on any score never fires: its size is 0, which no positive threshold lets through.
+        return torch.where(norms > 0, self.threshold.detach() * plain / norms, torch.inf)
+
+    def l0_gap(self, pre_nF: Tensor) -> Tensor:
+        """(L0/k - 1)², differentiable in JumpReLU's thresholds only."""
+        sizes = pre_nF.detach().relu() * self.norms()
+        return (_Step.apply(sizes, self.threshold).sum(-1).mean() / self.k - 1) ** 2  # type: ignore[union-attr]
+
+
+class _JumpReLU(torch.autograd.Function):
+    """a · [a·norm > θ], with the rectangle-kernel estimate of the gradient in θ."""
+
+    @staticmethod
+    def forward(ctx, acts, threshold, norms):
+        sizes = acts * norms
+        on = sizes > threshold
+        ctx.save_for_backward(acts, sizes, threshold, on)
+        return acts * on
+
+    @staticmethod
+    def backward(ctx, *grads):
+        acts, sizes, threshold, on = ctx.saved_tensors
+        width = JUMP_BANDWIDTH * threshold.clamp(min=1e-3)
+        near = ((sizes - threshold).abs() < width / 2) / width
+        return grads[0] * on, -(grads[0] * acts * near).sum(0), None
+
+
+class _Step(torch.autograd.Function):
+    """[size > θ], with the rectangle-kernel estimate of the gradient in θ."""
+
+    @staticmethod
+    def forward(ctx, sizes, threshold):
+        ctx.save_for_backward(sizes, threshold)
+        return (sizes > threshold).to(sizes.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        sizes, threshold = ctx.saved_tensors
+        width = JUMP_BANDWIDTH * threshold.clamp(min=1e-3)
+        near = ((sizes - threshold).abs() < width / 2) / width
+        return None, -(grads[0] * near).sum(0)

@@ -1,0 +1,91 @@
+"""The model's own loss with one layer's pattern replaced: cross-entropy, and KL(true logits ‖ patched logits)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionSite, PatternSource
+from ..data.sequences import Batch
+from ..kernels.row_kl import exp
+from .figures import Ratio, ratio_figure
+
+ABLATIONS = ("zero", "uniform", "mean")
+
+
+@dataclass
+class PatchedScore:
+    """Cross-entropy of each variant and KL of its logits from the model's, gathered over batches."""
+
+    ce: dict[str, Ratio] = field(default_factory=dict)
+    kl: dict[str, Ratio] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, site: AttentionSite, batch: Batch, variants: dict[str, PatternSource]) -> None:
+        """Run the model plainly and once for each variant on one batch."""
+        counted = batch.real_BT[:, 1:]
+        plain = _log_probabilities(site, batch)
+        self._note(self.ce, "model", _next_token_loss(plain, batch), counted)
+        for name, source in variants.items():
+            with site.replace_pattern(source):
+                patched = _log_probabilities(site, batch)
+            self._note(self.ce, name, _next_token_loss(patched, batch), counted)
+            kl = (exp(plain) * (plain - patched)).sum(-1)
+            self._note(self.kl, name, kl, batch.real_BT)
+
+    @staticmethod
+    def _note(into: dict[str, Ratio], name: str, values_BT: Tensor, counted_BT: Tensor) -> None:
+        values = values_BT.masked_fill(~counted_BT, 0)
+        into.setdefault(name, Ratio()).add(values.sum(1), counted_BT.sum(1).float())
+
+    def report(self) -> dict[str, Any]:
+        """Figures, and for each variant the share of an ablation's damage that it recovers."""
+        out: dict[str, Any] = {
+            "ce": {name: ratio.figure() for name, ratio in self.ce.items()},
+            "logit_kl": {name: ratio.figure() for name, ratio in self.kl.items()},
+            "ce_increase": {name: self._increase(name) for name in self.ce if name != "model"},
+        }
+        recovered: dict[str, Any] = {}
+        for name in self.kl:
+            if name not in ABLATIONS:
+                recovered[name] = {
+                    ablation: {"ce": self._recovered_ce(name, ablation), "logit_kl": self._recovered_kl(name, ablation)}
+                    for ablation in ABLATIONS
+                }
+        return {**out, "recovered": recovered}
+
+    def _increase(self, name: str) -> dict[str, Any]:
+        """Cross-entropy above the model's own, token by token (the interval is that of the difference)."""
+        (sums, weights), (base, _) = self.ce[name].totals(), self.ce["model"].totals()
+        return ratio_figure(sums - base, weights)
+
+    def _recovered_ce(self, name: str, ablation: str) -> dict[str, Any] | None:
+        base = self.ce["model"].totals()[0]
+        lost, damage = self.ce[name].totals()[0] - base, self.ce[ablation].totals()[0] - base
+        return _one_minus(ratio_figure(lost, damage)) if float(damage.sum()) > 0 else None
+
+    def _recovered_kl(self, name: str, ablation: str) -> dict[str, Any]:
+        return _one_minus(ratio_figure(self.kl[name].totals()[0], self.kl[ablation].totals()[0]))
+
+
+def _one_minus(figure: dict[str, Any]) -> dict[str, Any]:
+    ci = figure["ci95"]
+    mean = None if figure["mean"] is None else 1 - figure["mean"]
+    return {"mean": mean, "ci95": None if ci is None else [1 - ci[1], 1 - ci[0]]}
+
+
+def _log_probabilities(site: AttentionSite, batch: Batch) -> Tensor:
+    return site._forward(batch.tokens_BT, batch.real_BT).logits.float().log_softmax(-1)
+
+
+def _next_token_loss(log_probabilities: Tensor, batch: Batch) -> Tensor:
+    """Nats for each token after the first, [B, T - 1]."""
+    return -log_probabilities[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
+
+
+def zero_pattern(inputs: Any) -> Tensor:
+    """No attention at all."""
+    return torch.zeros_like(inputs.log_pattern_BNQK)

@@ -1,0 +1,121 @@
+"""Evaluate a run's artefacts and write what a person reads: report.json, features, examples, the page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention import AttentionInputs, AttentionSite, harvest, open_sites
+from ..data import Sequences
+from ..data.documents import Split
+from ..decomposition import Decomposition, load_transcoders
+from ..explain.examples import Examples
+from ..files import write_json
+from ..kernels.row_kl import exp
+from ..models import load_model
+from ..progress import Reporter
+from ..run_folder import layer_folder
+from .page import write_page
+from .report import measure
+
+SAMPLE_TOKENS = 65_536  # training tokens behind the mean pattern and the controls' starts
+SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
+
+
+def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
+    """Measure every layer of a finished run again and write its report anew."""
+    from ..config import build
+    from ..decomposition import read_run
+
+    values = read_run(folder)
+    config = build(values["run"], str(folder / "config.yaml"))
+    from ..run_folder import variants
+
+    with Reporter(quiet) as reporter:
+        model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
+        sites = open_sites(model, tokenizer, sorted(set(config.layers)))
+        folders = {name: folder / name for name in variants(config)}
+        evaluate_run(folders, sites, reporter, again=True)
+
+
+def evaluate_run(
+    folders: dict[str, Path],
+    sites: Sequence[AttentionSite],
+    reporter: Reporter,
+    *,
+    notes: dict[str, float] | None = None,
+    again: bool = False,
+) -> None:
+    """Measure each layer of each variant that has no report yet (`again`: all), then write the pages."""
+    for name, folder in folders.items():
+        for site in sites:
+            target = layer_folder(folder, site.layer)
+            if again or not (target / "report.json").exists():
+                title = f"{name} layer {site.layer}".strip()
+                reporter.message(f"evaluating {title} on held-out text")
+                _evaluate_layer(target, site, notes or {}, again)
+        write_page(folder)
+    parent = next(iter(folders.values())).parent
+    if "" not in folders:
+        write_page(parent)
+
+
+@torch.no_grad()
+def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], again: bool) -> None:
+    device = next(site.model.parameters()).device
+    dec = Decomposition.load(target).to(device)
+    config = dec.config
+
+    def text(split: Split, tokens: int) -> Sequences:
+        return Sequences(
+            config.data, site.tokenizer, split,
+            batch_tokens=config.training.batch_tokens, seed=config.training.seed, repeat=False, max_tokens=tokens,
+        )  # fmt: skip
+
+    began = time.monotonic()
+    sample = [
+        harvest([site], b.tokens_BT, b.real_BT)[0] for b in (b.to(device) for b in text("train", SAMPLE_TOKENS))
+    ]
+    examples = Examples(dec, config.evaluation.examples)
+    step1 = None
+    if (target / "step1.safetensors").exists():
+        sides = load_transcoders(target / "step1.safetensors", config, dec.shape)
+        step1 = replace(dec, query=sides[0].to(device), key=sides[1].to(device))
+    heldout = (b.to(device) for b in text("heldout", config.evaluation.tokens))
+    report = measure(
+        dec, site, heldout, sample, examples, step1=step1, controls=config.evaluation.controls
+    )
+    report["tokens"]["trained"] = config.training.tokens
+    report |= {
+        "model": config.model,
+        "recipe": config.dictionary.recipe,
+        "pairs_method": config.pairs.method,
+    }
+    seconds = notes or (dec.report.get("seconds", {}) if again else {})
+    report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
+    examples.write(target, site.tokenizer)
+    first = next(iter(text("heldout", 1))).to(device)
+    write_json(target / "patterns.json", _shown_patterns(dec, site, first))
+    write_json(target / "report.json", report)
+
+
+def _shown_patterns(dec: Decomposition, site: AttentionSite, batch: Any) -> dict[str, Any]:
+    """One held-out text's patterns, true and reconstructed, for the page."""
+    length = min(SHOWN_TOKENS, int(batch.real_BT[0].sum()))
+    tokens, real = batch.tokens_BT[:1, :length], batch.real_BT[:1, :length]
+    inputs: AttentionInputs = harvest([site], tokens, real)[0]
+    logs = {"true": inputs.log_pattern_BNQK, "transcoders": dec.log_pattern_all(inputs)}
+    logs["pruned"] = dec.log_pattern_kept(inputs)
+    patterns = {name: exp(log)[0, :, :, :length].cpu() for name, log in logs.items()}
+    heads = [
+        {"head": n, **{name: [[round(v, 4) for v in row] for row in p[n].tolist()] for name, p in patterns.items()}}
+        for n in range(dec.shape.N)
+    ]
+    return {"tokens": [site.tokenizer.decode([t]) for t in tokens[0].tolist()], "heads": heads}
+
+

@@ -1,0 +1,1 @@
+"""What a decomposition's features are and do: examples, traces, heads, interventions."""

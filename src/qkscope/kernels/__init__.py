@@ -1,0 +1,1 @@
+"""One operation a file: its torch form, and faster forms where they exist."""

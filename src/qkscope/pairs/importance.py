@@ -1,0 +1,229 @@
+"""Importance: how many nats of pattern KL a pair is worth, for every pair, with no training.
+
+Taking a pair out changes score row i by δ_ij, which to second order costs ½·Var_{j∼P_i}(δ_ij). Averaged over query rows:
+
+    I[a,b,h] = ½ · scale² · E_i[ a_q[i,a]² · Var_{j∼P_i}( M[a,b,h](i-j) · a_k[j,b] ) ]
+
+Without a rotary embedding M leaves the variance and one product a head ranks every pair. With one, the joint sum over
+positions is a product too: over each query feature's rotated row and what its query sees of each key feature. Blocks of
+[query features, key features] of one head go by, one at a time, and the best pairs stay in a bounded list. A soft cap
+enters by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
+
+Shapes as in pair_map.py; a batch's tokens are its unpadded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionInputs
+from ..dictionary import SparseTranscoder
+from ..training.objective import PatternTarget
+from ..training.start import slopes
+from .pair_map import Pairs, rows, with_bias
+
+BLOCK_ELEMENTS = 1 << 26  # elements of one [query features, key features] block: 256 MB in float32
+MOMENT_ELEMENTS = 1 << 24  # elements of the moments of one sequence with a rotary embedding
+EXACT_WIDTH = 16  # heads up to this wide: exact second moments, (H+1)/2 times the cost of the mean
+PROBES = 4  # random signs for wider heads, each the cost of the mean
+
+
+@dataclass
+class Seen:
+    """One batch as the pair map sees it."""
+
+    target: PatternTarget
+    acts_q_BTF: Tensor
+    acts_k_BTF: Tensor
+
+    def pattern(self, head: int) -> Tensor:
+        """True pattern of one head without the sink's column, [B, Q, K]; zero in padded rows."""
+        length = self.acts_q_BTF.shape[1]
+        return self.target.pattern_BNQK[:, head, :, :length] * self.target.real_BT[..., None]
+
+
+@torch.no_grad()
+def see(inputs: AttentionInputs, query: SparseTranscoder, key: SparseTranscoder) -> Seen:
+    """Encode one batch; activations carry the bias feature, and are zero at padding."""
+    target = PatternTarget(inputs)
+    acts_q, acts_k = (target.unpack(with_bias(side.encode(target.x_nD))) for side in (query, key))
+    return Seen(target, acts_q, acts_k)
+
+
+def seen(sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder) -> Iterator[Seen]:
+    query.eval()
+    key.eval()
+    for inputs in sample:
+        yield see(inputs, query, key)
+
+
+@torch.no_grad()
+def rank_pairs(
+    sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder, most: int
+) -> tuple[Pairs, Tensor]:
+    """The `most` pairs of greatest importance and their importance [P] in nats; features that never fire are left out."""
+    n_heads = sample[0].q_BTNH.shape[2]
+    best = _Best(most, query.W_dec.device)
+    for head, queries, keys, worth in importance_blocks(sample, query, key):
+        best.add(worth, queries, keys, head)
+    pairs, order = Pairs.sorted(*best.index, query.width, key.width, n_heads)
+    return pairs, best.worth[order]
+
+
+@torch.no_grad()
+def pair_importance(
+    pairs: Pairs, sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder
+) -> Tensor:
+    """Importance of these pairs at strength 1 of their weights, nats [P]; a strength of s multiplies it by s²."""
+    total = torch.zeros(len(pairs), device=query.W_dec.device)
+    place_q, place_k = (torch.full((side.width + 1,), -1, device=total.device) for side in (query, key))
+    for head, queries, keys, worth in importance_blocks(sample, query, key):
+        here = pairs.of_head(head)
+        place_q.fill_(-1)[queries] = torch.arange(len(queries), device=total.device)
+        place_k.fill_(-1)[keys] = torch.arange(len(keys), device=total.device)
+        a, b = place_q[pairs.query_P[here]], place_k[pairs.key_P[here]]
+        total[here] += torch.where((a >= 0) & (b >= 0), worth[a.clamp(min=0), b.clamp(min=0)], 0.0)
+    return total
+
+
+def importance_blocks(
+    sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(head, query features, key features, their importance [queries, keys] in nats), block by block."""
+    rule = sample[0].rule
+    n_heads, n_groups = sample[0].q_BTNH.shape[2], sample[0].k_BTGH.shape[2]
+    rows_q, rows_k = rows(query, n_heads), rows(key, n_groups)
+    queries, keys = firing_features(sample, query, key)
+    add = _add_plain if rule.rotary is None else _add_rotary
+    for head in range(n_heads):
+        right = rows_k[keys, head * n_groups // n_heads]
+        for part in queries.split(max(BLOCK_ELEMENTS // len(keys), 1)):
+            left = rows_q[part, head]
+            moment = torch.zeros(len(part), len(keys), device=rows_q.device)
+            count = 0
+            for item in seen(sample, query, key):
+                count += item.target.n_tokens
+                add(moment, item, head, part, keys, left, right)
+            worth = moment * (0.5 * rule.scaling**2 / count)
+            if rule.rotary is None and rule.shift_free:  # a constant along the row cancels in the softmax
+                worth[:, keys == key.width] = 0
+            yield head, part, keys, worth
+
+
+class _Best:
+    """The highest-ranked pairs so far."""
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.limit = limit
+        self.worth = torch.zeros(0, device=device)
+        self.index = torch.zeros(3, 0, dtype=torch.int64, device=device)
+
+    def add(self, worth: Tensor, queries: Tensor, keys: Tensor, head: int) -> None:
+        flat = worth.flatten()
+        value, place = flat.topk(min(self.limit, len(flat)))
+        place, value = place[value > 0], value[value > 0]
+        index = torch.stack([queries[place // len(keys)], keys[place % len(keys)], torch.full_like(place, head)])
+        self.worth, self.index = torch.cat([self.worth, value]), torch.cat([self.index, index], 1)
+        if len(self.worth) > self.limit:
+            self.worth, order = self.worth.topk(self.limit)
+            self.index = self.index[:, order]
+
+
+def firing_features(
+    sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder
+) -> tuple[Tensor, Tensor]:
+    """Indices of the features that fire on the sample, bias included."""
+    on_q = torch.zeros(query.width + 1, dtype=torch.bool, device=query.W_dec.device)
+    on_k = torch.zeros(key.width + 1, dtype=torch.bool, device=query.W_dec.device)
+    for item in seen(sample, query, key):
+        on_q |= (item.acts_q_BTF > 0).flatten(0, 1).any(0)
+        on_k |= (item.acts_k_BTF > 0).flatten(0, 1).any(0)
+    return on_q.nonzero()[:, 0], on_k.nonzero()[:, 0]
+
+
+def _weights(item: Seen, head: int) -> tuple[Tensor, Tensor]:
+    """P·f' and P·f'² of one head, with f' the slope of the soft cap, [B, Q, K]."""
+    pattern = item.pattern(head)
+    slope = slopes(item.target.rule, item.target.inputs)
+    if slope is None:
+        return pattern, pattern
+    return pattern * slope[:, head], pattern * slope[:, head].square()
+
+
+def _add_plain(
+    moment: Tensor, item: Seen, head: int, queries: Tensor, keys: Tensor, left: Tensor, right: Tensor
+) -> None:
+    """Add M² Σ_i a_q² Var(a_k): one product, since M does not depend on the position."""
+    first, second = _weights(item, head)
+    acts = item.acts_k_BTF[..., keys]
+    variance = second @ acts.square() - (first @ acts).square()
+    squares = item.acts_q_BTF[..., queries].square().flatten(0, 1).T
+    moment += (left @ right.T).square() * (squares @ variance.flatten(0, 1))
+
+
+def _add_rotary(
+    moment: Tensor, item: Seen, head: int, queries: Tensor, keys: Tensor, left: Tensor, right: Tensor
+) -> None:
+    """Add Σ_i a_q² Var_j(M(i-j) a_k), with M(i-j) = ⟨R_i W_q, R_j W_k⟩ kept inside the variance.
+
+    With q̃ = a_q R_i W_q and k̃ = a_k R_j W_k the mean is ⟨q̃, Σ_j P k̃⟩, and the second moment either ⟨q̃q̃ᵀ, Σ_j P k̃k̃ᵀ⟩
+    (exact, for narrow heads) or the mean of ⟨q̃, Σ_j g_j √P k̃⟩² over random signs g (unbiased, for wide ones, and with
+    the mean taken off inside it never negative). Both sum over keys first, by matrix products, for all key features;
+    then over the few active features of each query.
+    """
+    rotary = item.target.rule.rotary
+    assert rotary is not None
+    first, second = _weights(item, head)
+    width = left.shape[1]
+    for b in range(len(first)):
+        table = rotary.of_sequence(b, first.shape[1])
+        rotated = table.rotate(right.expand(1, first.shape[1], -1, -1))[0]
+        step = max(MOMENT_ELEMENTS // (first.shape[1] * width * (width if width <= EXACT_WIDTH else 1)), 1)
+        active_Tm, acts_Tm = _active_lists(item.acts_q_BTF[b][:, queries])
+        turned_q = table.rotate(left[active_Tm][None])[0] * acts_Tm[..., None]
+        for part in torch.arange(len(keys), device=keys.device).split(step):
+            keys_KCH = rotated[:, part] * item.acts_k_BTF[b][:, keys[part], None]
+            mean = (first[b] @ keys_KCH.flatten(1)).unflatten(1, (-1, width))
+            if width <= EXACT_WIDTH:
+                variance = _exact_variance(second[b], keys_KCH, mean, turned_q)
+            else:
+                variance = _probed_variance(second[b], first[b], keys_KCH, mean, turned_q, seed=head)
+            sums = variance.new_zeros(len(left), len(part)).index_add(0, active_Tm.flatten(), variance.flatten(0, 1))
+            moment[:, part] += sums
+
+
+def _active_lists(acts_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """The active features of each position and their activations, [T, most active at once]; 0 in empty places."""
+    most = max(int((acts_TF > 0).sum(1).max()), 1)
+    values, index = acts_TF.topk(most, dim=1)
+    return index, values.clamp(min=0)
+
+
+def _exact_variance(weights_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor) -> Tensor:
+    """Variance for each active query feature of each query and each key feature, [Q, m, C]."""
+    n_keys, n_columns, width = keys_KCH.shape
+    products = (keys_KCH[..., :, None] * keys_KCH[..., None, :]).flatten(1)
+    second = (weights_QK @ products).view(-1, n_columns, width * width)
+    square = (q_QmH[..., :, None] * q_QmH[..., None, :]).flatten(2) @ second.transpose(1, 2)
+    return square - (q_QmH @ mean_QCH.transpose(1, 2)).square()
+
+
+def _probed_variance(
+    second_QK: Tensor, first_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor, seed: int
+) -> Tensor:
+    """An unbiased estimate of the same, from random signs of the keys."""
+    generator = torch.Generator().manual_seed(seed)
+    root = second_QK.sqrt()
+    total = q_QmH.new_zeros(*q_QmH.shape[:2], keys_KCH.shape[1])
+    for _ in range(PROBES):
+        signs = (torch.randint(2, root.shape, generator=generator).to(root) * 2 - 1) * root
+        # The slope of a soft cap scales each score's share; with it, √(P·f'²)·f'⁻¹ = √P weighs the mean.
+        weight = torch.where(root > 0, signs * first_QK / second_QK.clamp(min=1e-30), 0.0).sum(1)
+        centred = (signs @ keys_KCH.flatten(1)).view_as(mean_QCH) - weight[:, None, None] * mean_QCH
+        total += (q_QmH @ centred.transpose(1, 2)).square()
+    return total / PROBES
+

@@ -1,0 +1,112 @@
+"""The published step 2: a trained mask over every pair of live features, for comparison.
+
+    scores from mask ∘ M, mask clamped to [0, 1] after each step, loss = KL + λ Σ √(|mask| + ε)
+
+This is the only place with dense [Fq, Fk, N] tensors; `require_memory` says beforehand what they take.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from ..dictionary import SparseTranscoder
+from ..errors import UserError
+from ..training.objective import PatternTarget
+from .pair_map import Pairs, rows, with_bias
+
+EPSILON = 1e-6
+COPIES = 7  # mask, gradient, two moments, and at the peak of a step a head's product, its gradient and the penalty's
+
+
+def require_memory(n_query: int, n_key: int, n_heads: int, device: torch.device) -> None:
+    """`UserError` where the mask of these live features (bias included) can't fit."""
+    need = COPIES * 4 * n_query * n_key * n_heads
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if need > free:
+        raise UserError(
+            f"--pairs.method mask: a mask of {n_query} × {n_key} × {n_heads} takes {need / 2**30:.1f} GiB to train and "
+            f"{free / 2**30:.1f} GiB are free; use --pairs.method tune, which needs no dense tensor"
+        )
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class MaskJob(nn.Module):
+    """The dense mask between two frozen dictionaries: [N, live query + 1, live key + 1], starting at 1."""
+
+    live_q: Tensor
+    live_k: Tensor
+
+    def __init__(
+        self,
+        layer: int,
+        variant: str,
+        query: SparseTranscoder,
+        key: SparseTranscoder,
+        live: tuple[Tensor, Tensor],
+        n_heads: int,
+        *,
+        sparsity: float,
+        rate: float,
+    ) -> None:
+        super().__init__()
+        self.layer, self.variant = layer, variant
+        self.query, self.key = query.eval().requires_grad_(False), key.eval().requires_grad_(False)
+        self.n_heads, self.sparsity, self.rate = n_heads, sparsity, rate
+        self.register_buffer("live_q", live[0])
+        self.register_buffer("live_k", live[1])
+        self.mask = nn.Parameter(torch.ones(n_heads, len(live[0]), len(live[1]), device=query.W_dec.device))
+
+    def train(self, mode: bool = True) -> MaskJob:
+        """The dictionaries stay in evaluation mode."""
+        super().train(mode)
+        self.query.eval()
+        self.key.eval()
+        return self
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters with their peak learning rate."""
+        return [{"params": [self.mask], "lr": self.rate, "peak": self.rate}]
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            self.mask.clamp_(0, 1)
+
+    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
+        """KL(P ‖ P(masked map)) + penalty on one batch, and what to log of it."""
+        kl = target.mean(self.kl_rows(target))
+        log = {"pattern_kl": kl.detach(), "pairs": (self.mask.detach() > 0).sum().float()}
+        return kl + self.sparsity * (self.mask.abs() + EPSILON).sqrt().sum(), log
+
+    def kl_rows(self, target: PatternTarget) -> Tensor:
+        rule = target.rule
+        n_groups = target.inputs.k_BTGH.shape[2]
+        acts_q = target.unpack(with_bias(self.query.encode(target.x_nD))[:, self.live_q])
+        acts_k = target.unpack(with_bias(self.key.encode(target.x_nD))[:, self.live_k])
+        rows_q, rows_k = rows(self.query, self.n_heads)[self.live_q], rows(self.key, n_groups)[self.live_k]
+        scores = []
+        for head in range(self.n_heads):
+            left, right = rows_q[:, head], rows_k[:, head * n_groups // self.n_heads]
+            if rule.rotary is None:
+                y, keys = acts_q @ (self.mask[head] * (left @ right.T)), acts_k
+            else:
+                width = left.shape[1]
+                y = acts_q @ (self.mask[head][:, :, None] * left[:, None]).flatten(1)
+                y = rule.rotary.rotate(y.unflatten(2, (-1, width))).flatten(2)
+                turned = rule.rotary.rotate(right.expand(1, acts_k.shape[1], -1, -1))
+                keys = (acts_k[..., None] * turned).flatten(2)
+            scores.append((y * rule.scaling) @ keys.transpose(1, 2))
+        return target.kl_rows(rule.cap(torch.stack(scores, 1)))
+
+    @torch.no_grad()
+    def kept(self) -> tuple[Pairs, Tensor]:
+        """The pairs whose mask is above zero, and the mask's values there [P]."""
+        head, a, b = (self.mask > 0).nonzero(as_tuple=True)
+        pairs = Pairs.of(self.live_q[a], self.live_k[b], head, self.query.width, self.key.width, self.n_heads)
+        # live_q and live_k are ascending, so `nonzero` already gives the order that Pairs.of sorts to.
+        return pairs, self.mask[head, a, b]

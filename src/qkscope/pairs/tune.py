@@ -1,0 +1,116 @@
+"""Step 2's jobs: train what is kept, through the sparse map, on the pattern's KL.
+
+`refit` trains one factor a pair and nothing else. `tune` trains the dictionaries too, so that features arrange
+themselves to need few pairs; between its stages the map is pruned by importance. In both a pair's strength is its factor
+times what its decoder rows give, so Adam's steps are relative to each pair's own size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import PatternRule
+from ..dictionary import SparseTranscoder
+from ..training.objective import PatternTarget
+from .pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
+
+
+class MapJob(nn.Module):
+    """A sparse map between two dictionaries; parameters and buffers are its whole state."""
+
+    query_P: Tensor
+    key_P: Tensor
+    head_P: Tensor
+
+    def __init__(
+        self,
+        layer: int,
+        variant: str,
+        query: SparseTranscoder,
+        key: SparseTranscoder,
+        pairs: Pairs,
+        *,
+        dictionary_rate: float,
+        strength_rate: float,
+    ) -> None:
+        super().__init__()
+        self.layer, self.variant = layer, variant
+        self.query, self.key = query, key
+        self.n_heads = pairs.n_heads
+        self.dictionary_rate, self.strength_rate = dictionary_rate, strength_rate
+        self.register_buffer("query_P", pairs.query_P)
+        self.register_buffer("key_P", pairs.key_P)
+        self.register_buffer("head_P", pairs.head_P)
+        self.factor_P = nn.Parameter(torch.ones(len(pairs), device=query.W_dec.device))
+        self._pairs: Pairs | None = None
+        self.train()
+
+    def train(self, mode: bool = True) -> MapJob:
+        """Dictionaries that are not tuned stay in evaluation mode: their thresholds are what a reader will use."""
+        super().train(mode)
+        for side in (self.query, self.key):
+            side.train(mode and self.dictionary_rate > 0)
+        return self
+
+    @property
+    def pairs(self) -> Pairs:
+        """The kept pairs; rebuilt when a checkpoint or a pruning has changed them."""
+        if self._pairs is None or self._pairs.query_P is not self.query_P:
+            self._pairs = Pairs(
+                self.query_P, self.key_P, self.head_P, self.query.width, self.key.width, self.n_heads
+            )
+        return self._pairs
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters with their peak learning rate."""
+        tuned = self.dictionary_rate > 0
+        for side in (self.query, self.key):
+            side.requires_grad_(tuned)
+            side.threshold.requires_grad_(tuned and side.activation == "jumprelu")
+        dictionaries = [p for side in (self.query, self.key) for p in side.parameters() if p.requires_grad]
+        groups = [{"params": [self.factor_P], "lr": self.strength_rate, "peak": self.strength_rate}]
+        if dictionaries:
+            groups.append({"params": dictionaries, "lr": self.dictionary_rate, "peak": self.dictionary_rate})
+        return groups
+
+    def strengths(self, rule: PatternRule) -> Tensor:
+        """What multiplies a pair's activations before the scale (with a rotary embedding: its M(i-j)), [P]."""
+        if rule.rotary is not None:
+            return self.factor_P
+        n_groups = self.n_groups(rule)
+        return self.factor_P * weight_strength(self.pairs, rows(self.query, self.n_heads), rows(self.key, n_groups))
+
+    def n_groups(self, rule: PatternRule) -> int:
+        head_width = self.query.W_dec.shape[1] // self.n_heads
+        return self.key.W_dec.shape[1] // head_width
+
+    def kl_rows(self, target: PatternTarget) -> tuple[Tensor, dict[str, Tensor]]:
+        """KL of each row under the sparse map, [B, N, Q], and each side's activations [n, F]."""
+        acts = {"query": self.query.encode(target.x_nD), "key": self.key.encode(target.x_nD)}
+        scores = pair_scores(
+            self.pairs,
+            self.strengths(target.rule),
+            target.unpack(with_bias(acts["query"])),
+            target.unpack(with_bias(acts["key"])),
+            rows(self.query, self.n_heads),
+            rows(self.key, self.n_groups(target.rule)),
+            target.rule,
+        )
+        return target.kl_rows(scores), acts
+
+    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
+        """KL(P ‖ P(sparse map)) on one batch, and what to log of it."""
+        kl_rows, acts = self.kl_rows(target)
+        loss = target.mean(kl_rows)
+        log = {"pattern_kl": loss.detach(), "pairs": torch.tensor(float(len(self.factor_P)))}
+        for side in ("query", "key"):
+            log[f"l0_{side}"] = (acts[side].detach() > 0).sum(-1).float().mean()
+        return loss, log
+
+    @torch.no_grad()
+    def keep(self, index: Tensor) -> None:
+        """Prune to these of the pairs."""
+        index = index.sort().values
+        self.query_P, self.key_P, self.head_P = self.query_P[index], self.key_P[index], self.head_P[index]
+        self.factor_P = nn.Parameter(self.factor_P.detach()[index])

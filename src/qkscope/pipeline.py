@@ -1,0 +1,385 @@
+"""A run: harvest → step 1 → pair map → evaluation → report, for every layer and variant in one pass over the text.
+
+A run is a list of phases. Each ends in a checkpoint that says so, and everything between two trainings is computed from
+that checkpoint, so the same command after a kill at any moment goes on and ends with the same bits (on a CPU).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attention import AttentionInputs, AttentionSite, harvest, open_sites
+from .config import RunConfig
+from .data import Sequences, check_text
+from .data.documents import Split
+from .decomposition import Decomposition, SiteShape, save_transcoders
+from .errors import UserError
+from .evaluate.run import evaluate_run
+from .models import load_model
+from .pairs.importance import firing_features, pair_importance, rank_pairs
+from .pairs.mask import MaskJob, require_memory
+from .pairs.pair_map import Pairs, rows, weight_strength
+from .pairs.selection import fewest, ladder, map_kl, top
+from .pairs.tune import MapJob
+from .progress import Reporter
+from .run_folder import claimed, layer_folder, require_same, variants, write_config
+from .training import checkpoint
+from .training.checkpoint import job_name
+from .training.loop import Logs, train
+from .training.start import side_statistics, start
+from .training.step1 import Step1Job
+
+START_TOKENS = 16_384  # training tokens that a start is fitted to
+HALVINGS = 6  # with a KL bound, tune goes on below `count` by halves, so many times at the most
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    folder: Path
+    config: RunConfig
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Folder of each variant; a run without a sweep has one, named ''."""
+        return {name: self.folder / name for name in variants(self.config)}
+
+    def decomposition(self, layer: int, variant: str = "") -> Decomposition:
+        return Decomposition.load(layer_folder(self.folders[variant], layer))
+
+
+@dataclass
+class Phase:
+    """One training of step 2: how many pairs are kept, and for how many tokens what is trained."""
+
+    name: str
+    count: int
+    tokens: int
+    spare: bool = False
+    """Below the asked count; kept only while it satisfies the KL bound."""
+
+
+def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
+    """Decompose `config.layers` of `config.model` into the folder `out`, or go on with the run that is there.
+
+    Raises `UserError` for anything a person got wrong, before anything is written.
+    """
+    out = Path(out)
+    with claimed(out), Reporter(quiet) as reporter:
+        there = require_same(out, config)
+        names = variants(config)
+        finished = Run(out, config)
+        if there and _is_done(finished, names):
+            reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
+            return finished
+        _require_values(config)
+        device = "cuda" if config.training.device == "auto" and torch.cuda.is_available() else config.training.device
+        device = _device("cpu" if device == "auto" else device)
+        reporter.message(f"loading {config.model}")
+        model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
+        check_text(config.data, tokenizer)
+        sites = open_sites(model, tokenizer, sorted(set(config.layers)))
+        _require_context(config, model)
+        runner = _Runner(config, names, out, sites, reporter)
+        if not there:
+            shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
+            for name, single in reversed(names.items()):  # the run's own config.yaml is written last
+                write_config(out / name, single, shapes, str(device))
+            if "" not in names:
+                write_config(out, config, shapes, str(device))
+        runner.train()
+        evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
+        (out / "checkpoint.safetensors").unlink(missing_ok=True)
+        reporter.message(f"report: {out / 'report.html'}")
+    return finished
+
+
+def _is_done(finished: Run, names: dict[str, RunConfig]) -> bool:
+    reports = [
+        layer_folder(folder, layer) / "report.json"
+        for folder in finished.folders.values()
+        for layer in finished.config.layers
+    ]
+    left = finished.folder / "checkpoint.safetensors"
+    return all(r.exists() for r in reports) and (finished.folder / "report.html").exists() and not left.exists()
+
+
+def _require_values(config: RunConfig) -> None:
+    if config.model is None:
+        raise UserError("--model is missing; name a Hugging Face model or a folder that holds one")
+    if not config.layers:
+        raise UserError("--layers is missing; name the layers to decompose, e.g. --layers 2 6 10")
+    if config.data.source is None:
+        raise UserError("--data.source is missing; name a .txt, .jsonl or .parquet file or a Hugging Face dataset")
+
+
+def _require_context(config: RunConfig, model: Any) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and config.data.context > most:
+        raise UserError(f"--data.context {config.data.context}: the model takes at most {most} positions")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"--training.device {name}: cannot be used here ({reason}); choose cpu or auto") from None
+    return device
+
+
+class _Runner:
+    """The phases of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        names: dict[str, RunConfig],
+        out: Path,
+        sites: Sequence[AttentionSite],
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.names, self.out = config, names, out
+        self.sites, self.reporter = sites, reporter
+        self.device = next(sites[0].model.parameters()).device
+        self.checkpoint_path = out / "checkpoint.safetensors"
+        self.seconds: dict[str, float] = {}
+        self._sample: tuple[tuple[int, Split], list[AttentionInputs]] | None = None
+
+    # Text
+
+    def text(self, split: Split, *, repeat: bool, max_tokens: int | None = None) -> Sequences:
+        return Sequences(
+            self.config.data,
+            self.sites[0].tokenizer,
+            split,
+            batch_tokens=self.config.training.batch_tokens,
+            seed=self.config.training.seed,
+            repeat=repeat,
+            max_tokens=max_tokens,
+        )
+
+    def sample(self, layer: int, split: Split, tokens: int) -> list[AttentionInputs]:
+        """What one layer saw on the first tokens of a split; the last one asked for is kept."""
+        if self._sample is None or self._sample[0] != (layer, split):
+            site = next(s for s in self.sites if s.layer == layer)
+            batches = self.text(split, repeat=split == "train", max_tokens=tokens)
+            inputs = [harvest([site], b.tokens_BT, b.real_BT)[0] for b in (b.to(self.device) for b in batches)]
+            self._sample = (layer, split), inputs
+        return self._sample[1]
+
+    # Phases
+
+    def train(self) -> None:
+        """Both steps; leaves each layer's dictionaries and pairs in its folder."""
+        saved = checkpoint.load(self.checkpoint_path)
+        jobs = self._step1_jobs()
+        phases = self._phases()
+        order = ["step1", *(p.name for p in phases)]
+        reached = order.index(saved[1].phase) if saved else 0
+        if saved:
+            self.seconds = dict(saved[1].notes.get("seconds", {}))
+            self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
+        if reached == 0:
+            self._fit("step1", jobs, self.config.training.tokens, saved)
+            if phases and self.config.pairs.method == "tune":
+                for job in jobs:
+                    self._write_step1(job)
+        stopped: list[str] = list(saved[1].notes.get("stopped", [])) if saved else []
+        maps: list[Any] = jobs
+        for index, phase in enumerate(phases, start=1):
+            if index < reached:
+                continue
+            if index == reached:
+                maps = [self._empty_job(job) for job in jobs if job_name(job) not in stopped]
+                self._fit(phase.name, maps, phase.tokens, saved, stopped)
+            else:
+                maps = [self._next_job(job, phase) for job in maps]
+                self._fit(phase.name, maps, phase.tokens, None, stopped)
+            maps, stopped = self._judge(maps, phase, stopped)
+            if not maps:
+                break
+        for job in maps:
+            self._write(self._selected(job))
+
+    def _phases(self) -> list[Phase]:
+        pairs = self.config.pairs
+        if pairs.method == "importance" or pairs.tokens == 0:
+            return []
+        if pairs.method in ("refit", "mask"):
+            return [Phase(pairs.method, pairs.count, pairs.tokens)]
+        counts = ladder(pairs.first, pairs.count, pairs.stages)
+        tokens = max(pairs.tokens // pairs.stages, 1)
+        phases = [Phase(f"tune{i}", count, tokens) for i, count in enumerate(counts, start=1)]
+        if pairs.max_kl is not None:
+            halves = [pairs.count >> i for i in range(1, HALVINGS + 1) if pairs.count >> i]
+            phases += [Phase(f"tune{len(counts) + i}", c, tokens, spare=True) for i, c in enumerate(halves, start=1)]
+        return phases
+
+    def _fit(
+        self, phase: str, jobs: Sequence[Any], tokens: int, saved: Any, stopped: Sequence[str] = ()
+    ) -> None:
+        """Train one phase; `saved` is a checkpoint of this phase to go on from."""
+        logs = Logs({job_name(j): self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step)
+        began = time.monotonic()
+        at = train(
+            phase,
+            jobs,
+            self.sites,
+            self.text("train", repeat=True),
+            tokens,
+            self.config.training,
+            saved=saved,
+            checkpoint_path=self.checkpoint_path,
+            logs=logs,
+            notes={"seconds": self.seconds, "stopped": list(stopped)},
+        )
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - began, 1)
+        if at.text.get("epoch"):
+            self.reporter.message(f"{phase}: the training text was repeated {at.text['epoch']} times")
+
+    # Jobs
+
+    def _folder(self, job: Any) -> Path:
+        return layer_folder(self.out / job.variant, job.layer)
+
+    def _step1_jobs(self) -> list[Step1Job]:
+        jobs = []
+        for site in self.sites:
+            statistics = side_statistics(self.sample(site.layer, "train", self._sample_tokens()))
+            for name, single in self.names.items():
+                label = f"layer {site.layer}"
+                sides = [
+                    start(single.dictionary, side, statistics[side], label, self.config.training.seed)
+                    for side in ("query", "key")
+                ]
+                jobs.append(Step1Job(site.layer, name, single.dictionary, *sides))
+        return jobs
+
+    def _sample_tokens(self) -> int:
+        return max(START_TOKENS, self.config.pairs.importance_tokens)
+
+    def _n_heads(self, layer: int) -> int:
+        return next(s for s in self.sites if s.layer == layer).shape["N"]
+
+    def _empty_job(self, job: Step1Job) -> Any:
+        """A step 2 job without content, for a checkpoint to fill."""
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        if self.config.pairs.method == "mask":
+            return self._mask_job(job, (none, none))
+        return self._map_job(job, Pairs.of(none, none, none, job.query.width, job.key.width, self._n_heads(job.layer)))
+
+    def _mask_job(self, job: Any, live: tuple[torch.Tensor, torch.Tensor]) -> MaskJob:
+        pairs = self.config.pairs
+        heads = self._n_heads(job.layer)
+        return MaskJob(
+            job.layer, job.variant, job.query, job.key, live, heads,
+            sparsity=pairs.mask_sparsity, rate=pairs.strength_rate,
+        )  # fmt: skip
+
+    def _map_job(self, job: Any, pairs: Pairs) -> MapJob:
+        settings = self.config.pairs
+        rate = settings.learning_rate if settings.method == "tune" else 0.0
+        return MapJob(
+            job.layer, job.variant, job.query, job.key, pairs,
+            dictionary_rate=rate, strength_rate=settings.strength_rate,
+        )  # fmt: skip
+
+    def _next_job(self, job: Any, phase: Phase) -> Any:
+        """The job of a phase from the one before: ranked from step 1's dictionaries, or pruned further."""
+        sample = self.sample(job.layer, "train", self._sample_tokens())
+        if isinstance(job, MapJob):
+            job.keep(top(self._importance(job, sample), phase.count))
+            return job
+        if self.config.pairs.method == "mask":
+            live = firing_features(sample, job.query, job.key)
+            require_memory(len(live[0]), len(live[1]), self._n_heads(job.layer), self.device)
+            return self._mask_job(job, live)
+        chosen = self._ranked(job, phase.count)
+        chosen.train()
+        return chosen
+
+    def _ranked(self, job: Any, count: int) -> MapJob:
+        """The most important pairs between a job's dictionaries: `count`, or the fewest under the KL bound."""
+        settings = self.config.pairs
+        sample = self.sample(job.layer, "train", self._sample_tokens())
+        pairs, importance = rank_pairs(sample, job.query, job.key, count)
+        if settings.max_kl is not None and settings.method != "tune":
+            validation = self.sample(job.layer, "validation", settings.validation_tokens)
+
+            def kl_at(n: int) -> float:
+                return map_kl(self._map_job(job, pairs.take(top(importance, n))), validation)
+
+            n, kl = fewest(len(pairs), settings.max_kl, kl_at)
+            self._say_bound(job, n, kl)
+            pairs = pairs.take(top(importance, n))
+        return self._map_job(job, pairs)
+
+    def _judge(self, jobs: list[Any], phase: Phase, stopped: list[str]) -> tuple[list[Any], list[str]]:
+        """After a phase of tune under a KL bound: write what satisfies it, stop what does not."""
+        settings = self.config.pairs
+        if settings.max_kl is None or settings.method != "tune" or phase.count > settings.count:
+            return jobs, stopped
+        going = []
+        for job in jobs:
+            kl = map_kl(job, self.sample(job.layer, "validation", settings.validation_tokens))
+            good = kl <= settings.max_kl
+            if good or not phase.spare:  # at `count` itself there is nothing larger to fall back to
+                self._write(job)
+                self._say_bound(job, len(job.pairs), kl)
+            if good:
+                going.append(job)
+        return going, [*stopped, *(job_name(j) for j in jobs if j not in going)]
+
+    def _say_bound(self, job: Any, count: int, kl: float) -> None:
+        bound = self.config.pairs.max_kl or 0.0
+        verdict = "under" if kl <= bound else "NOT under"
+        self.reporter.message(
+            f"layer {job.layer}: {count:,} pairs, validation KL {kl:.4f}, {verdict} the bound of {bound:g}"
+        )
+
+    def _importance(self, job: MapJob, sample: list[AttentionInputs]) -> torch.Tensor:
+        """Importance of a job's pairs at their present strengths, nats [P]."""
+        plain = pair_importance(job.pairs, sample, job.query, job.key)
+        job.train()
+        return plain * job.factor_P.detach().square()
+
+    def _selected(self, job: Any) -> MapJob:
+        """What a run ends with."""
+        if isinstance(job, MapJob):
+            return job
+        if isinstance(job, MaskJob):
+            pairs, mask = job.kept()
+            chosen = self._map_job(job, pairs)
+            with torch.no_grad():
+                chosen.factor_P.copy_(mask)
+            sample = self.sample(job.layer, "train", self._sample_tokens())
+            chosen.keep(top(self._importance(chosen, sample), self.config.pairs.count))
+            return chosen
+        return self._ranked(job, self.config.pairs.count)
+
+    # Writing
+
+    @torch.no_grad()
+    def _write(self, job: MapJob) -> None:
+        site = next(s for s in self.sites if s.layer == job.layer)
+        sample = self.sample(job.layer, "train", self._sample_tokens())
+        shape = SiteShape(**site.shape, rotary=site.layout is not None)
+        weights = weight_strength(job.pairs, rows(job.query, shape.N), rows(job.key, shape.G))
+        dec = Decomposition(
+            job.layer, shape, job.query, job.key, job.pairs,
+            job.strengths(sample[0].rule).detach(), weights, self._importance(job, sample), self.names[job.variant],
+        )  # fmt: skip
+        dec.save(self._folder(job))
+
+    def _write_step1(self, job: Step1Job) -> None:
+        """Step 1's dictionaries beside the ones that tuning will change, so that both can be measured."""
+        save_transcoders(self._folder(job) / "step1.safetensors", job.query, job.key)

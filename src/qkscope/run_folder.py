@@ -1,0 +1,144 @@
+"""The folder of a run: claimed by one process, never overwritten by another run, and what stands where in it."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from . import __version__
+from .config import DictionaryConfig, RunConfig
+from .decomposition import read_run
+from .errors import UserError
+from .files import disk_errors, write_text
+from .training.recipes import resolved
+
+# What may differ between the command that began a run and the one that goes on with it.
+FREE = {("training", "device"), ("training", "checkpoint_steps"), ("training", "log_steps")}
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold the folder for this process; `UserError` where another process has it or it cannot be made."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {out}: another process is writing there; wait for it or choose another") from None
+        yield
+    finally:
+        os.close(lock)
+        # A folder that we made and left empty (bad input found later) is not left behind.
+        if [p.name for p in out.iterdir()] == [".lock"]:
+            (out / ".lock").unlink()
+            out.rmdir()
+
+
+def require_same(out: Path, config: RunConfig) -> bool:
+    """Whether the folder already holds this run; `UserError` where it holds another, or other files."""
+    if not (out / "config.yaml").exists():
+        strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+        if strangers:
+            raise UserError(f"--out {out}: holds {strangers[0]!r} and no qkscope run; choose another --out")
+        return False
+    there, here = _flat(read_run(out)["run"]), _flat(plain(config))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key) and tuple(key.split(".")) not in FREE:
+            raise UserError(
+                f"--out {out}: holds another run ({key} is {there.get(key)!r} there, {here.get(key)!r} here); "
+                "choose another --out, or give the command that began it to go on with it"
+            )
+    return True
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as values that YAML and JSON know."""
+    return config.model_dump(mode="json")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def write_config(folder: Path, config: RunConfig, sites: dict[int, dict[str, Any]], device: str) -> None:
+    """config.yaml: the resolved run, each layer's shape, and what it ran on."""
+    values = {
+        "run": plain(config),
+        "sites": sites,
+        "versions": {
+            "qkscope": __version__,
+            "git_commit": _commit(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device,
+    }
+    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that qkscope runs from; None for an installed wheel."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Each pair of dictionaries of a run by the name of its sub-folder; a run without a sweep has one, named ''."""
+    axes = {name: values for name, values in config.sweep.model_dump().items() if values}
+    if not axes:
+        return {"": config.model_copy(update={"dictionary": resolved(config.dictionary)})}
+    out: dict[str, RunConfig] = {}
+    seen: list[DictionaryConfig] = []
+    for combination in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
+        values = config.dictionary.model_dump() | chosen
+        try:
+            dictionary = resolved(DictionaryConfig(**values))
+        except ValueError as error:
+            raise UserError(f"--sweep: {_label(chosen)}: {str(error).splitlines()[1].strip()}") from None
+        chosen = {k: v for k, v in chosen.items() if _matters(k, dictionary)}
+        # k means nothing to ReLU and the penalty nothing to TopK: such combinations are one.
+        same = dictionary.model_copy(update={k: 1.0 for k in ("k", "sparsity") if not _matters(k, dictionary)})
+        if same not in seen:
+            seen.append(same)
+            single = {"dictionary": dictionary, "sweep": type(config.sweep)()}
+            out[_label(chosen)] = config.model_copy(update=single)
+    return out
+
+
+def _matters(field: str, config: DictionaryConfig) -> bool:
+    if field == "k":
+        return config.activation != "relu"
+    return field != "sparsity" or config.activation in ("relu", "jumprelu")
+
+
+def _label(chosen: dict[str, Any]) -> str:
+    short = {"recipe": "", "activation": "", "width": "w", "k": "k", "sparsity": "s"}
+    return "-".join(f"{short[k]}{v:g}" if isinstance(v, int | float) else str(v) for k, v in chosen.items())
+
+
+def layer_folder(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer}"

@@ -1,0 +1,175 @@
+"""The training loop: one stream of text, one forward pass of the model, any number of jobs.
+
+Both steps train in it. A job belongs to a layer and has a loss on that layer's pattern; jobs do not know of each other,
+so a sweep over recipes, widths and L0s, and all layers, cost one harvest. What is notable: the loop draws no random
+number, and a killed run goes on from its last checkpoint to the same bits (on a CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionInputs, AttentionSite, harvest
+from ..config import TrainingConfig
+from ..data.sequences import Batch, Sequences
+from ..errors import UserError
+from ..files import disk_errors
+from . import checkpoint
+from .checkpoint import Progress
+from .objective import PatternTarget
+
+FLOOR = 0.01  # the learning rate ends at this share of its peak
+
+
+def rate_at(done: float, config: TrainingConfig) -> float:
+    """Factor on the peak learning rate after this share of the training: up, level, down to `FLOOR`."""
+    if done < config.warmup:
+        return max(done / config.warmup, FLOOR)
+    left = (1 - done) / config.decay if config.decay else 1.0
+    return FLOOR + (1 - FLOOR) * min(max(left, 0.0), 1.0)
+
+
+class Logs:
+    """metrics.jsonl of each job, and one line of progress for the person."""
+
+    def __init__(self, paths: dict[str, Path], say: Callable[[dict[str, Any]], None]) -> None:
+        self.paths, self.say = paths, say
+
+    def cut(self, lengths: dict[str, int]) -> None:
+        """Drop what was written after the state that is gone back to."""
+        for name, path in self.paths.items():
+            if path.exists():
+                with disk_errors(path), path.open("rb+") as file:
+                    file.truncate(min(lengths.get(name, 0), path.stat().st_size))
+
+    def write(self, name: str, line: dict[str, Any]) -> None:
+        path = self.paths[name]
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def lengths(self) -> dict[str, int]:
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in self.paths.items()}
+
+
+def train(
+    phase: str,
+    jobs: Sequence[Any],
+    sites: Sequence[AttentionSite],
+    text: Sequences,
+    tokens: int,
+    config: TrainingConfig,
+    *,
+    saved: tuple[dict[str, Tensor], Progress] | None,
+    checkpoint_path: Path,
+    logs: Logs,
+    notes: dict[str, Any] | None = None,
+) -> Progress:
+    """Train every job for `tokens` tokens and leave a checkpoint that says so; jobs change in place.
+
+    `saved` is a checkpoint of this same phase to go on from. Raises `UserError` where activations or a loss are not
+    finite; the last checkpoint then stands.
+    """
+    at = Progress(phase, notes=notes or {})
+    device = next(jobs[0].parameters()).device
+    if saved is not None:
+        tensors, at = saved
+        for job in jobs:
+            checkpoint.restore_job(job, tensors)
+        text.restore(at.text)
+    else:
+        at.logs = logs.lengths()
+    optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
+    if saved is not None:
+        for job, optimizer in zip(jobs, optimizers, strict=True):
+            checkpoint.restore_optimizer(optimizer, job, saved[0])
+    logs.cut(at.logs)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    sums: dict[str, dict[str, Tensor]] = {}
+    counted, since, clock = 0, at.tokens, time.monotonic()
+
+    def keep() -> None:
+        at.text, at.logs = text.state(), logs.lengths()
+        checkpoint.save(checkpoint_path, jobs, optimizers, at)
+
+    while at.tokens < tokens:
+        batch = next(text).to(device)
+        inputs = dict(zip([s.layer for s in sites], harvest(sites, batch.tokens_BT, batch.real_BT), strict=True))
+        factor = rate_at(at.tokens / tokens, config)
+        for layer, seen in inputs.items():
+            require_finite(seen, layer, batch, at.step)
+            target = PatternTarget(seen)
+            for job, optimizer in zip(jobs, optimizers, strict=True):
+                if job.layer == layer:
+                    log = _update(job, optimizer, target, factor, autocast, at.step)
+                    totals = sums.setdefault(checkpoint.job_name(job), {})
+                    for key, value in log.items():
+                        totals[key] = totals.get(key, 0) + value
+        at.step += 1
+        at.tokens += batch.n_tokens
+        counted += 1
+        ended = at.tokens >= tokens
+        if at.step % config.log_steps == 0 or ended:
+            speed = (at.tokens - since) / max(time.monotonic() - clock, 1e-9)
+            for name, totals in sums.items():
+                means = {key: float(value) / counted for key, value in totals.items()}
+                line = {"phase": phase, "step": at.step, "tokens": at.tokens, **means, "tokens_per_s": round(speed)}
+                logs.write(name, line)
+                logs.say({"name": name, "total": tokens, **line})
+            sums, counted, since, clock = {}, 0, at.tokens, time.monotonic()
+        if at.step % config.checkpoint_steps == 0 and not ended:
+            keep()
+    at.done = True
+    keep()
+    return at
+
+
+def _update(
+    job: Any,
+    optimizer: torch.optim.Optimizer,
+    target: PatternTarget,
+    factor: float,
+    autocast: torch.autocast,
+    step: int,
+) -> dict[str, Tensor]:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    optimizer.zero_grad(set_to_none=True)
+    loss, log = job.loss(target, autocast)
+    if not torch.isfinite(loss.detach()):
+        raise UserError(
+            f"{checkpoint.job_name(job)}: the loss is {loss.item()} at step {step}; lower the learning rate "
+            "(the last checkpoint is kept)"
+        )
+    loss.backward()
+    optimizer.step()
+    with contextlib.suppress(AttributeError):
+        job.after_step()
+    return {"loss": loss.detach(), **log}
+
+
+def require_finite(inputs: AttentionInputs, layer: int, batch: Batch, step: int) -> None:
+    """Raise `UserError` that says where, unless everything harvested is finite."""
+    for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
+        bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
+        if bool(bad.any()):
+            b, t = bad.nonzero()[0].tolist()
+            raise UserError(
+                f"layer {layer}: the model's attention {name} hold NaN or infinity at step {step}, document "
+                f"{int(batch.document_B[b])}, position {int(batch.offset_B[b]) + t}; try --training.dtype float32 "
+                "(the last checkpoint is kept)"
+            )
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode, without gradients."""
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,41 @@
+"""The recipes: what `default` and `seed` mean, field by field.
+
+`seed` is the published recipe with its faults mended (METHOD, step 1): the baseline that everything is compared with.
+`default` is ours; benchmarks/recipes.py prints the two side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import DictionaryConfig
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "seed": {
+        "activation": "relu",
+        "sparsity": 0.01,
+        "start": "kaiming",
+        "norm": "decoder",
+        "aux": 0.0,
+        "learning_rate": 1e-3,
+    },
+    "default": {
+        "activation": "batchtopk",
+        "sparsity": 0.0,
+        "start": "projection",
+        "norm": "score",
+        "aux": 1 / 32,
+        "learning_rate": 4e-3,
+    },
+}
+
+# What an activation needs when it is chosen against its recipe's own.
+ACTIVATION_SPARSITY = {"relu": 0.01, "jumprelu": 0.3}
+
+
+def resolved(config: DictionaryConfig) -> DictionaryConfig:
+    """The configuration with every empty field filled from its recipe."""
+    values = dict(RECIPES[config.recipe])
+    if config.activation is not None and config.activation != values["activation"]:
+        values["sparsity"] = ACTIVATION_SPARSITY.get(config.activation, 0.0)
+    return config.model_copy(update={name: v for name, v in values.items() if getattr(config, name) is None})

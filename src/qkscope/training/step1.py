@@ -1,0 +1,84 @@
+"""Step 1's job: the query and key dictionaries of one layer, trained on the pattern's KL."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DictionaryConfig
+from ..dictionary import SparseTranscoder
+from .objective import PatternTarget, revival_loss, root_penalty
+
+AUX_FEATURES = 64  # dead features that share in the auxiliary reconstruction of a token, at the most
+
+
+class Step1Job(nn.Module):
+    """Two dictionaries and what their training needs to know; parameters and buffers are the job's whole state."""
+
+    def __init__(
+        self, layer: int, variant: str, config: DictionaryConfig, query: SparseTranscoder, key: SparseTranscoder
+    ) -> None:
+        super().__init__()
+        self.layer, self.variant, self.config = layer, variant, config
+        self.query, self.key = query, key
+        for side in ("query", "key"):
+            idle = torch.zeros(self.side(side).width, dtype=torch.int64, device=query.W_enc.device)
+            self.register_buffer(f"{side}_idle", idle)
+
+    def side(self, side: str) -> SparseTranscoder:
+        return self.query if side == "query" else self.key
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameters with their peak learning rate."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": parameters, "lr": self.config.learning_rate, "peak": self.config.learning_rate}]
+
+    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on one batch, and what to log of it."""
+        extra = target.x_nD.new_zeros(())
+        log: dict[str, Tensor] = {}
+        out: dict[str, Tensor] = {}
+        for side, true in (("query", target.q_nM), ("key", target.k_nM)):
+            with autocast:
+                transcoder = self.side(side)
+                pre = transcoder.pre(target.x_nD)
+                acts = transcoder.activate(pre)
+                out[side] = transcoder.decode(acts)
+            dead = self._note(side, acts.detach())
+            extra = extra + self._sparsity(transcoder, pre, acts)
+            if self.config.aux and bool(dead.any()):
+                aux = transcoder.W_dec[dead]
+                extra = extra + self.config.aux * revival_loss(
+                    true - out[side].float(), _largest(pre[:, dead], aux) @ aux, transcoder.metric
+                )
+            log[f"l0_{side}"] = (acts.detach() > 0).sum(-1).float().mean()
+            log[f"dead_{side}"] = dead.float().mean()
+        both, query_only, key_only = target.kl_of(out["query"], out["key"])
+        loss = 3 * both + query_only + key_only + extra
+        log["pattern_kl"] = both.detach()
+        return loss, log
+
+    def _sparsity(self, transcoder: SparseTranscoder, pre: Tensor, acts: Tensor) -> Tensor:
+        weight = self.config.sparsity or 0.0
+        if not weight:
+            return pre.new_zeros(())
+        if transcoder.activation == "jumprelu":
+            return weight * transcoder.l0_gap(pre.float())
+        return weight * root_penalty(acts.float(), transcoder.W_dec.norm(dim=1))
+
+    @torch.no_grad()
+    def _note(self, side: str, acts_nF: Tensor) -> Tensor:
+        """Count the tokens since each feature fired; bool [F] of those that count as dead."""
+        idle = self.get_buffer(f"{side}_idle")
+        idle += len(acts_nF)
+        idle[(acts_nF > 0).any(0)] = 0
+        return idle > self.config.dead_after
+
+
+def _largest(pre_nd: Tensor, rows_dM: Tensor) -> Tensor:
+    """Dead features' activations, all but the largest few a token set to zero."""
+    acts = pre_nd.relu()
+    if acts.shape[1] <= AUX_FEATURES:
+        return acts
+    chosen = (acts * rows_dM.detach().norm(dim=1)).topk(AUX_FEATURES, dim=-1).indices
+    return acts * torch.zeros_like(acts).scatter_(-1, chosen, 1.0)
