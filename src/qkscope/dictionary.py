@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .config import Activation
 
 THRESHOLD_MEMORY = 0.98  # share of the running threshold kept at each step: about 50 steps of memory
+CALIBRATION_TOKENS = 2048
 JUMP_BANDWIDTH = 0.05  # width of the straight-through estimate, relative to the threshold
 
 
@@ -90,6 +91,21 @@ class SparseTranscoder(nn.Module):
     def _follow(self, cut: Tensor) -> None:
         memory = torch.where(self.threshold[0] > 0, THRESHOLD_MEMORY, 0.0)  # the first batch sets it
         self.threshold.lerp_(cut.expand_as(self.threshold), 1 - memory)
+
+    @torch.no_grad()
+    def calibrate(self, x_nD: Tensor) -> None:
+        """Set BatchTopK's threshold to the mean of what it chose on these tokens, 2048 at a time.
+
+        The running threshold lags behind weights that still move, and L0 at inference with it.
+        """
+        if self.activation != "batchtopk":
+            return
+        cuts = []
+        for x in x_nD.split(CALIBRATION_TOKENS):
+            sizes = self.pre(x).relu() * self.norms()
+            count = min(max(round(self.k * len(sizes)), 1), sizes.numel())
+            cuts.append(sizes.flatten().kthvalue(sizes.numel() - count + 1).values * len(x))
+        self.threshold.fill_(torch.stack(cuts).sum() / len(x_nD))
 
     def decode(self, acts_nF: Tensor) -> Tensor:
         """Reconstructed queries or keys, [n, M]."""

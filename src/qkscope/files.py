@@ -17,6 +17,10 @@ from safetensors.torch import save_file
 from .errors import UserError
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a folder that cannot be written into one line."""
@@ -48,6 +52,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
             temporary.replace(path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:

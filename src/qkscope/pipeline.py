@@ -73,8 +73,9 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     """
     out = Path(out)
     with claimed(out), Reporter(quiet) as reporter:
-        there = require_same(out, config)
         names = variants(config)
+        config = names.get("", config)  # resolved: what config.yaml holds
+        there = require_same(out, config)
         finished = Run(out, config)
         if there and _is_done(finished, names):
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
@@ -190,6 +191,8 @@ class _Runner:
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0:
             self._fit("step1", jobs, self.config.training.tokens, saved)
+            for job in jobs:
+                self._calibrate(job)
             if phases and self.config.pairs.method == "tune":
                 for job in jobs:
                     self._write_step1(job)
@@ -204,6 +207,9 @@ class _Runner:
             else:
                 maps = [self._next_job(job, phase) for job in maps]
                 self._fit(phase.name, maps, phase.tokens, None, stopped)
+            if self.config.pairs.method == "tune":
+                for job in maps:
+                    self._calibrate(job)
             maps, stopped = self._judge(maps, phase, stopped)
             if not maps:
                 break
@@ -379,6 +385,12 @@ class _Runner:
             job.strengths(sample[0].rule).detach(), weights, self._importance(job, sample), self.names[job.variant],
         )  # fmt: skip
         dec.save(self._folder(job))
+
+    def _calibrate(self, job: Any) -> None:
+        """Thresholds as they are after the last step, on training text."""
+        x_nD = torch.cat([i.x_BTD[i.real_BT].float() for i in self.sample(job.layer, "train", self._sample_tokens())])
+        for transcoder in (job.query, job.key):
+            transcoder.calibrate(x_nD)
 
     def _write_step1(self, job: Step1Job) -> None:
         """Step 1's dictionaries beside the ones that tuning will change, so that both can be measured."""

@@ -48,9 +48,10 @@ def decomposition(bos: bool = True) -> Decomposition:
     head = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
     pairs = Pairs.of(query, key, head, WIDTHS["query"], WIDTHS["key"], HEADS)
     values = torch.rand(len(pairs), generator=generator)
-    sides = [SparseTranscoder(6, width, 8, "relu", 2) for width in WIDTHS.values()]
+    query_side, key_side = (SparseTranscoder(6, width, 8, "relu", 2) for width in WIDTHS.values())
     config = RunConfig(data=DataConfig(prepend_bos=bos))
-    return Decomposition(3, SiteShape(6, HEADS, HEADS, 2, False), *sides, pairs, values, values, values, config)
+    shape = SiteShape(6, HEADS, HEADS, 2, False)
+    return Decomposition(3, shape, query_side, key_side, pairs, values, values, values, config)
 
 
 def batches(count: int = 6, sequences: int = 3, length: int = 11) -> Iterator[tuple[Batch, dict[str, Tensor]]]:

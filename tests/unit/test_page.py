@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
+import struct
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,12 @@ from qkscope.evaluate.page import write_page
 WIDTH, HEADS, KEPT = 120, 6, 400
 EDGES = [-6 + 0.25 * i for i in range(25)]
 PROSE = (
-    " When Mary and John went to the store, John gave a drink to Mary. \"It's cold,\" said Mr Green on 14 March;"
+    ' When Mary and John went to the store, John gave a drink to Mary. "It\'s cold," said Mr Green on 14 March;'
     " the café in Zürich was closed.\nBut they followed the sign-up page, and it offered them a free month."
 )
 HOSTILE = [
-    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\" onmouseover='x' & <b>", "\u202eevil\u202c",
-    "\u0000\u0007", " שלום", " مرحبا", "👩\u200d💻", "\u0301", "\t", "\r\n", "\u00a0", "]]>", "<!--", "{{x}}", "%s", "\u2028", "",
+    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\" onmouseover='x' & <b>", "]]>", "<!--",
+    "\u202eevil\u202c", "\u0000\u0007", " שלום", " مرحبا", "👩\u200d💻", "\u0301", "\t", "\r\n", "\u00a0", "\u2028", "",
 ]  # fmt: skip
 VOID = {"meta", "img", "wbr", "br"}
 
@@ -76,12 +79,14 @@ def fake_report(layer: int, *, head: bool = True, controls: bool = True) -> dict
         for name, value in (("random", 1.42), ("svd", 0.66), ("shuffled", 2.6)):
             report["controls"][name] = {"pattern_kl": pattern_metric({name: value})[name], "top1": figure(0.4)}
     if head:
-        lost = {"transcoders": 0.0041, "map_pruned": 0.0068, "step1": 0.004, "zero": 0.31, "uniform": 0.12, "mean": 0.05}
+        lost = {"transcoders": 0.0041, "map_pruned": 0.0068, "step1": 0.004}
+        lost |= {"zero": 0.31, "uniform": 0.12, "mean": 0.05}
         report["ce"] = {"model": figure(3.31), **{name: figure(3.31 + v) for name, v in lost.items()}}
         report["ce_increase"] = {name: figure(v, 0.2) for name, v in lost.items()}
         report["logit_kl"] = {name: figure(1.2 * v, 0.1) for name, v in lost.items()}
         both = {"ce": figure(0.978, 0.003), "logit_kl": figure(0.981, 0.002)}
-        report["recovered"] = {name: dict.fromkeys(("zero", "uniform", "mean"), both) for name in ("transcoders", "map_pruned")}
+        each = dict.fromkeys(("zero", "uniform", "mean"), both)
+        report["recovered"] = {name: each for name in ("transcoders", "map_pruned")}
     return report
 
 
@@ -99,8 +104,9 @@ def fake_features(folder: Path, tokens: list[str]) -> None:
                 center = (7 * f + 11 * rank) % len(tokens)
                 acts = [3.1 - rank / 3 if t == center else 1.2 * (abs(t - center) == 2) for t in range(len(tokens))]
                 low = max(center - 16, 0)
-                examples.append({"side": side, "feature": f, "rank": rank, "activation": acts[center], "document": 9 * f,
-                                 "position": center, "center": center - low, "tokens": tokens[low : center + 17],
+                examples.append({"side": side, "feature": f, "rank": rank, "activation": acts[center],
+                                 "document": 9 * f, "position": center, "center": center - low,
+                                 "tokens": tokens[low : center + 17],
                                  "activations": acts[low : center + 17]})  # fmt: skip
     pq.write_table(pa.Table.from_pylist(features), folder / "features.parquet")
     pq.write_table(pa.Table.from_pylist(examples), folder / "examples.parquet")
@@ -110,22 +116,23 @@ def fake_pairs(folder: Path) -> None:
     rows = []
     for rank in range(KEPT):
         query, key = (rank * 7) % WIDTH, (rank * 13) % WIDTH
-        rows.append({"query_feature": -1 if rank == 3 else query, "key_feature": -1 if rank == 5 else key, "head": (rank * 5) % HEADS,
-                     "strength": (-1) ** rank * (2.0 - rank / KEPT), "weight_strength": 1.0,
+        rows.append({"query_feature": -1 if rank == 3 else query, "key_feature": -1 if rank == 5 else key,
+                     "head": (rank * 5) % HEADS, "strength": (-1) ** rank * (2.0 - rank / KEPT), "weight_strength": 1.0,
                      "importance": 0.012 / (rank + 1), "rank": rank})  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
 
 
 def fake_metrics(folder: Path) -> None:
     lines = []
-    for phase, (start, end, pairs) in {"step1": (1.9, 0.16, None), "tune-1": (0.30, 0.172, 3200), "tune-2": (0.26, 0.181, 1600),
-                                       "tune-3": (0.27, 0.192, 800), "tune-4": (0.29, 0.199, 400)}.items():  # fmt: skip
+    phases = {"step1": (1.9, 0.16, None), "tune-1": (0.30, 0.172, 3200), "tune-2": (0.26, 0.181, 1600),
+              "tune-3": (0.27, 0.192, 800), "tune-4": (0.29, 0.199, 400)}  # fmt: skip
+    for phase, (start, end, pairs) in phases.items():
         count = 1000 if pairs is None else 60
         for step in range(1, count + 1):
             noise = 1 + 0.02 * math.sin(step * 12.9898)
             kl = end + (start - end) * math.exp(-6 * step / count) * noise
-            extra = {} if pairs is None else {"pairs": float(pairs)}
-            lines.append(json.dumps({"phase": phase, "step": 20 * step, "tokens": 2000 * step, "loss": kl, "pattern_kl": kl, **extra}))
+            line = {"phase": phase, "step": 20 * step, "tokens": 2000 * step, "loss": kl, "pattern_kl": kl}
+            lines.append(json.dumps(line if pairs is None else {**line, "pairs": float(pairs)}))
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"phase": "tune-4", "st']), encoding="utf-8")
 
 
@@ -139,7 +146,8 @@ def fake_patterns(folder: Path, tokens: list[str]) -> None:
         causal = torch.ones(length, length).triu(1).bool()
         made = {}
         for name, noise in (("true", 0.0), ("transcoders", 0.4), ("pruned", 0.8)):
-            made[name] = (scores + noise * torch.randn(length, length)).masked_fill(causal, -torch.inf).softmax(-1).tolist()
+            noisy = scores + noise * torch.randn(length, length)
+            made[name] = noisy.masked_fill(causal, -torch.inf).softmax(-1).tolist()
         heads.append({"head": head, **made})
     (folder / "patterns.json").write_text(json.dumps({"tokens": tokens[:length], "heads": heads}), encoding="utf-8")
 
@@ -212,10 +220,11 @@ def test_every_part_of_a_full_run(tmp_path: Path) -> None:
     for words in (
         "QK decomposition of gpt2", "Summary", "Layer 2", "Layer 10", "Pattern KL, pruned map", "0.203 [0.197, 0.209]",
         "CE increase, pruned map", "0.0068 [0.0054, 0.0082]", "116 of 120 features live", "Pairs kept 400",
-        "Cross-entropy increase", "KL of the model's output", "shuffled pairs", "SVD of W_QᵀW_K", "before tuning",
+        "Cross-entropy increase", "KL of the model's output", "shuffled pairs", "SVD of QK", "before tuning",
         "Firing frequency, query features", "4 of 120 never fired", "training set, end of each phase", "tune-4",
         "Each head", "Strongest pairs", "Densest features", "bias always active", "Patterns on a held-out text",
-        "Other heads", "step1 412 s", "to within 2.1×10⁻⁶", "11 % on 31 pairs with the query bias",
+        "Other heads", "step1 412 s", "31 pairs with the query bias hold 11 % of importance",
+        f"to within 2.1{charts.TIMES}10⁻⁶",
     ):  # fmt: skip
         assert words in checker.text, words
     pairs = page[page.index("Strongest pairs") :].split("</table>")[0]
@@ -236,7 +245,7 @@ def test_tokens_cannot_harm(tmp_path: Path) -> None:
     assert [tag for tag, _ in checker.found].count("script") == 2
     assert "<img src=x" not in page and "<b>&" not in page
     assert "\u202e" not in page and "\0" not in page and "\u2028" not in page
-    assert "⟨202E⟩evil" in checker.text and "␀␇" in checker.text and "◌\u0301" in page
+    assert "⟨202E⟩evil" in checker.text and "⟨0000⟩⟨0007⟩" in checker.text and "◌\u0301" in page
     data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.S)[1])  # type: ignore[index]
     assert data["tokens"][0] == HOSTILE[0]
 
@@ -263,7 +272,7 @@ def test_null_figures(tmp_path: Path) -> None:
     report["pairs"]["curve"] = []
     (folder / "report.json").write_text(json.dumps(report))
     _, checker = checked(tmp_path)
-    assert "not measured" in checker.text and "−0.0004" in checker.text
+    assert "not measured" in checker.text and f"{charts.MINUS}0.0004" in checker.text
 
 
 def test_folders_that_hold_little(tmp_path: Path) -> None:
@@ -296,7 +305,8 @@ def test_a_sweep_has_a_row_for_each_run(tmp_path: Path) -> None:
 
 def test_numbers() -> None:
     values = (0, 0.0312, 12345.6, 1.24e-5, -0.5, None, math.nan, 100, 30, 1_500_000)
-    wanted = ["0", "0.0312", "12,346", "1.2×10⁻⁵", "−0.5", "–", "–", "100", "30", "1,500,000"]
+    small, half, none = f"1.2{charts.TIMES}10⁻⁵", f"{charts.MINUS}0.5", charts.DASH
+    wanted = ["0", "0.0312", "12,346", small, half, none, none, "100", "30", "1,500,000"]
     assert [charts.number(v) for v in values] == wanted
     assert charts.interval({"mean": 0.2031, "ci95": [0.199, 0.2072]}) == ("0.203", "[0.199, 0.207]", "±0.004")
     assert charts.interval({"mean": 12.0, "ci95": [12.0, 12.0]}) == ("12", "[12, 12]", "")
@@ -313,10 +323,6 @@ def test_axes_have_some_ticks_and_not_many(low: float, ratio: float) -> None:
 
 
 def test_heat_map_is_a_png_of_one_pixel_a_cell() -> None:
-    import base64
-    import struct
-    import zlib
-
     data = base64.b64decode(charts.heat_png([[0, 1, 0.25], [1, 0, 0]]).split(",")[1])
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (3, 2)
     at = data.index(b"IDAT")

@@ -17,16 +17,14 @@ import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 WIDTH = 400
 MINUS, DASH, TIMES = "\u2212", "\u2013", "\u00d7"
 Figure = dict[str, Any]  # {"mean": float or null, "ci95": [low, high] or null}
 
-# Numbers and text
 
-
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -45,7 +43,7 @@ def number(value: Any) -> str:
 
 def short(value: float) -> str:
     """A number for an axis: 2.5k, 10M."""
-    size, letter = next(((s, c) for s, c in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1, ""))
+    size, letter = next((pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= pair[0]), (1, ""))
     return number(value / size) + letter
 
 
@@ -87,17 +85,12 @@ def _clean(char: str) -> str:
         "Zp",
     ):  # joiners belong to scripts and emoji
         return char
-    if code < 32:
-        return chr(0x2400 + code)
     return "\ufffd" if kind == "Cs" else f"⟨{code:04X}⟩"
 
 
 def text(value: Any) -> str:
     """Anything as harmless HTML."""
     return html.escape(clean(value))
-
-
-# Axes
 
 
 @dataclass(frozen=True)
@@ -184,9 +177,6 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     return '<p class="legend">' + "".join(f"<span>{mark.format(k)}{text(w)}</span>" for k, w in entries) + "</p>"
 
 
-# Figures
-
-
 class Bar(NamedTuple):
     label: str
     figure: Figure | None
@@ -199,13 +189,13 @@ def bars(rows: Sequence[Bar], title: str, words: str, *, log: bool = False) -> s
     means = [row.figure["mean"] for row in rows if row.figure and finite(row.figure.get("mean"))]
     shown = [m for m in means if m > 0] or [0.1, 1.0]
     low = 10.0 ** math.floor(math.log10(min(shown) / 1.5)) if log else 0.0  # bars start at a whole decade
-    ends = [ci[1] for row in rows if (ci := bounds(row.figure))]
-    scale = Scale(low, max(shown + ends) * 1.05, left, right, log)
+    high = 1.05 * max([*shown, *(ci[1] for row in rows if (ci := bounds(row.figure)))])
+    scale = Scale(low, high, left, right, log)
     bottom = top + step * len(rows)
-    out = x_axis(scale, top, bottom, words, 4)
+    out = [*x_axis(scale, top, bottom, words, 4), line(left, top, left, bottom, "rule")]
     for place, row in enumerate(rows):
         out += _bar(row, scale, top + step * (place + 0.5), log)
-    return svg(bottom + 34, title, [*out, line(left, top, left, bottom, "rule")])
+    return svg(bottom + 34, title, out)
 
 
 def _bar(row: Bar, scale: Scale, y: float, log: bool) -> list[str]:
@@ -244,13 +234,13 @@ class Series:
 
     name: str
     kind: str
-    points: list[tuple[float, float, Sequence[float] | None]]
+    points: Sequence[tuple[float, float, Sequence[float] | None]]
     joined: bool = True
     marked: bool = True
 
     def __post_init__(self) -> None:
-        self.points = [p for p in self.points if finite(p[1]) and p[0] > 0 and p[1] > 0]
-        self.points.sort(key=lambda p: p[0])
+        shown = [p for p in self.points if finite(p[1]) and p[0] > 0 and p[1] > 0]
+        self.points = sorted(shown, key=lambda p: p[0])
 
     def draw(self, x: Scale, y: Scale) -> list[str]:
         path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b, _ in self.points)
@@ -279,10 +269,8 @@ def plot(
         out += [line(left, y(at), right, y(at), "dash"), label(left + 4, y(at) - 4, name, "tick halo")]
     for place, (name, at) in enumerate((breaks or {}).items()):
         # On one line the names of short phases would run into each other.
-        out += [
-            line(x(at), top, x(at), bottom, "dash"),
-            label(x(at) + 3, top + 9 + 11 * (place % 5), name, "tick halo"),
-        ]
+        below = top + 9 + 11 * (place % 5)
+        out += [line(x(at), top, x(at), bottom, "dash"), label(x(at) + 3, below, name, "tick halo")]
     out += [part for s in series for part in s.draw(x, y)]
     return svg(bottom + 34, title, [*out, line(left, bottom, right, bottom, "rule")])
 
@@ -305,8 +293,6 @@ def head_dots(rows: Sequence[tuple[str, dict[str, float], dict[str, float], Any]
             out += [dot(scale(v), y, kind, f"head {name}: {number(v)}") for kind, v in shown]
     return svg(bottom + 18, title, out)
 
-
-# Heat maps
 
 HEAT_KINDS = ("true", "transcoders", "pruned")
 LESS = r"\u003c"
@@ -349,40 +335,45 @@ def heat_data(tokens: Sequence[str], heads: Sequence[dict[str, Any]], name: str)
     return f'<script type="application/json" id="{name}">{data.replace("<", LESS)}</script>'
 
 
-# The page around them
-
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b1e23;--soft:#5b6270;--line:#d8dce2;--hair:#eceef1;--a:#0072b2;
---a2:#8cc3e6;--b:#d55e00;--g:#a3a9b3;--qs:0 114 178;--ks:213 94 0}@media(prefers-color-scheme:dark){:root{--bg:#14171c;
---ink:#e4e7ec;--soft:#9aa3b0;--line:#363c46;--hair:#242931;--a:#56b4e9;--a2:#2b6a94;--b:#ee8a3c;--g:#737b88;
---qs:86 180 233;--ks:238 138 60}.maps img{filter:invert(1) hue-rotate(180deg)}}*{box-sizing:border-box}body{
-margin:0 auto;padding:20px 16px 60px;max-width:1240px;background:var(--bg);color:var(--ink);
-font:14px/1.45 system-ui,"DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums}h1{font-size:22px;margin:0 0 4px}h2{
-font-size:18px;margin:34px 0 4px;padding-top:10px;border-top:1px solid var(--line)}h3{font-size:15px;margin:28px 0 2px}
-a{color:var(--a)}.soft,.note,.ci,.sub,.legend{color:var(--soft)}.soft{margin:2px 0 14px;font-size:13px}
-.note,.legend,.sub{font-size:12px;margin:4px 0}.ci{font-size:.8em;font-weight:400;white-space:nowrap}.tiles{
-display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));margin:0 0 22px}.tiles div{padding:8px 12px 8px 0;
-border-top:1px solid var(--line)}dt{font-size:12px}dd{margin:0;font-size:19px;font-weight:600}dd .ci{font-size:12px}
-dd.sub{font-weight:400}.figures{display:grid;gap:22px 34px;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr))}figure{margin:0;min-width:0}figcaption{
-font-weight:600;margin-bottom:6px}svg{width:100%;height:auto;display:block;overflow:visible}svg text{font-size:11.5px;
-fill:var(--ink)}svg .tick{fill:var(--soft);font-size:10.5px}svg .value{font-size:11px}.halo{paint-order:stroke;
-stroke:var(--bg);stroke-width:3px}.a{fill:var(--a)}.a2{fill:var(--a2)}.b{fill:var(--b)}.g{fill:var(--g)}.c,.o,.ao{
-fill:var(--bg);stroke:var(--g);stroke-width:1.5}.ao{stroke:var(--a)}path{fill:none}.line{stroke:var(--a);fill:none;
-stroke-width:1.5}.grid{stroke:var(--hair)}.rule{stroke:var(--soft)}.whisker{stroke:var(--ink);stroke-width:1.1}.dash{
-stroke:var(--soft);stroke-dasharray:3 3;stroke-width:.8}.legend span{margin-right:14px;white-space:nowrap}.mark{
-display:inline-block;width:11px;height:11px;margin-right:4px;vertical-align:-1px}.scroll{overflow-x:auto}table{
-border-collapse:collapse;width:100%;font-size:13px}th,td{text-align:left;padding:5px 14px 5px 0;vertical-align:top}th{
-font-weight:400;color:var(--soft);font-size:12px;vertical-align:bottom}td{border-top:1px solid var(--hair)}.plain td{
-white-space:nowrap}details{margin:18px 0}summary{cursor:pointer;color:var(--a)}pre{overflow-x:auto;font-size:12px}.snip{
-font:12px/1.7 ui-monospace,"DejaVu Sans Mono",monospace;direction:ltr;overflow-wrap:anywhere;margin:1px 0}.snip i{
-font-style:normal;opacity:.4}.query{--c:var(--qs)}.key{--c:var(--ks)}.query b{color:var(--a)}.key b{color:var(--b)}.f{
-background:rgb(var(--c)/calc(var(--s)*.55));border-radius:2px}.top{outline:1px solid rgb(var(--c))}.heat{margin:12px 0}
+--a2:#8cc3e6;--b:#d55e00;--g:#a3a9b3;--qs:0 114 178;--ks:213 94 0}@media(prefers-color-scheme:dark){
+:root{--bg:#14171c;--ink:#e4e7ec;--soft:#9aa3b0;--line:#363c46;--hair:#242931;--a:#56b4e9;--a2:#2b6a94;--b:#ee8a3c;
+--g:#737b88;--qs:86 180 233;--ks:238 138 60}.maps img{filter:invert(1) hue-rotate(180deg)}}*{box-sizing:border-box}
+body{margin:0 auto;padding:20px 16px 60px;max-width:1240px;background:var(--bg);color:var(--ink);
+font:14px/1.45 system-ui,"DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums}h1{font-size:22px;margin:0 0 4px}
+h2{font-size:18px;margin:34px 0 4px;padding-top:10px;border-top:1px solid var(--line)}
+h3{font-size:15px;margin:28px 0 2px}a{color:var(--a)}.soft,.note,.ci,.sub,.legend{color:var(--soft)}
+.soft{margin:2px 0 14px;font-size:13px}.note,.legend,.sub{font-size:12px;margin:4px 0}
+.ci{font-size:.8em;font-weight:400;white-space:nowrap}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));margin:0 0 22px}
+.tiles div{padding:8px 12px 8px 0;border-top:1px solid var(--line)}dt{font-size:12px}
+dd{margin:0;font-size:19px;font-weight:600}dd .ci{font-size:12px}dd.sub{font-weight:400}
+.figures{display:grid;gap:22px 34px;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr))}
+figure{margin:0;min-width:0}figcaption{font-weight:600;margin-bottom:6px}
+svg{width:100%;height:auto;display:block;overflow:visible}svg text{font-size:11.5px;fill:var(--ink)}
+svg .tick{fill:var(--soft);font-size:10.5px}svg .value{font-size:11px}
+.halo{paint-order:stroke;stroke:var(--bg);stroke-width:3px}.a{fill:var(--a)}.a2{fill:var(--a2)}.b{fill:var(--b)}
+.g{fill:var(--g)}.c,.o,.ao{fill:var(--bg);stroke:var(--g);stroke-width:1.5}.ao{stroke:var(--a)}path{fill:none}
+.line{stroke:var(--a);fill:none;stroke-width:1.5}.grid{stroke:var(--hair)}.rule{stroke:var(--soft)}
+.whisker{stroke:var(--ink);stroke-width:1.1}.dash{stroke:var(--soft);stroke-dasharray:3 3;stroke-width:.8}
+.legend span{margin-right:14px;white-space:nowrap}
+.mark{display:inline-block;width:11px;height:11px;margin-right:4px;vertical-align:-1px}.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:13px}
+th,td{text-align:left;padding:5px 14px 5px 0;vertical-align:top}
+th{font-weight:400;color:var(--soft);font-size:12px;vertical-align:bottom}td{border-top:1px solid var(--hair)}
+.plain td,.plain th{white-space:nowrap}details{margin:18px 0}summary{cursor:pointer;color:var(--a)}
+pre{overflow-x:auto;font-size:12px}
+.snip{font:12px/1.7 ui-monospace,"DejaVu Sans Mono",monospace;direction:ltr;overflow-wrap:anywhere;margin:1px 0}
+.snip i{font-style:normal;opacity:.4}.query{--c:var(--qs)}.key{--c:var(--ks)}.query b{color:var(--a)}
+.key b{color:var(--b)}.f{background:rgb(var(--c)/calc(var(--s)*.55));border-radius:2px}
+.top{outline:1px solid rgb(var(--c))}.heat{margin:12px 0}
 .maps{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));font-size:12px;color:var(--soft)}
 .maps img{display:block;width:100%;aspect-ratio:1;image-rendering:pixelated;border:1px solid #bbb;margin-top:3px}
 .pairs td:nth-child(3),.pairs td:nth-child(4){width:39%}.dense td:nth-child(2){width:55%}@media(max-width:640px){
-.tokens thead{display:none}.tokens tr{display:flex;flex-wrap:wrap;gap:0 14px;padding:8px 0;
-border-top:1px solid var(--line)}.tokens td{border:0;padding:1px 0}.tokens td.wide{width:100%;order:1}
+.tokens thead{display:none}
+.tokens tr{display:flex;flex-wrap:wrap;gap:0 14px;padding:8px 0;border-top:1px solid var(--line)}
+.tokens td{border:0;padding:1px 0}.tokens td.wide{width:100%;order:1}
 .tokens td:not(.wide)::before{content:attr(data-h) " ";color:var(--soft);font-size:12px}}
 """
 SCRIPT = """

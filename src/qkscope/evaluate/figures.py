@@ -51,7 +51,7 @@ class Ratio:
     def figure(self) -> dict[str, Any]:
         """{"mean", "ci95"} of the whole; the interval is null with a single sequence."""
         sums, weights = self.totals()
-        return ratio_figure(sums.flatten(1).sum(1), weights.flatten(1).sum(1))
+        return ratio_figure(sums.reshape(len(sums), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
 
     def per_part(self) -> list[dict[str, Any]]:
         """A figure for each place along the trailing dimension (each head)."""

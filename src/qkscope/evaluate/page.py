@@ -1,8 +1,8 @@
 """report.html: one self-contained page of a run, or of a folder of runs, made from what lies on disk.
 
-The page fetches nothing and holds its own style, figures and (for the read-out under a heat map) a few lines of script.
-Whatever a run lacks is left out: a model without a head has no cross-entropy, a run without controls no controls. Tokens
-are text of unknown origin: everything goes through `charts.text`, which escapes it and shows its control characters.
+The page fetches nothing; style, figures and the few lines of script that read out a heat map are in it. Whatever a run
+lacks is left out: a model without a head has no cross-entropy, a run without controls no controls. Tokens are text of
+unknown origin: everything goes through `charts.text`, which escapes it and makes control characters visible.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ CURVE_POINTS = 300  # of a training curve: more cannot be told apart
 SIDES = ("query", "key")
 NAMES = {"map_pruned": "pruned map", "transcoders": "transcoders", "map_all": "full map", "step1": "before tuning",
          "mean": "mean pattern", "uniform": "uniform", "zero": "zero", "shuffled": "shuffled pairs",
-         "random": "random", "svd": "SVD of W_QᵀW_K"}  # fmt: skip
+         "random": "random", "svd": "SVD of QK"}  # fmt: skip
+LOSSES = {
+    "ce_increase": ("Cross-entropy increase", "nats a token (log)", "The layer's pattern replaced, values kept. Blue: "
+                    "ours; grey: ablations. Shorter is closer to the model."),
+    "logit_kl": ("KL of the model's output", "KL(true ‖ patched logits), nats a token (log)", "How far the next-token "
+                 "distribution moves when the pattern is replaced. Shorter is better."),
+}  # fmt: skip
 KINDS = {"map_pruned": "a", "transcoders": "a2", "step1": "a2", "shuffled": "c", "random": "c", "svd": "c"}
 
 
@@ -41,25 +47,19 @@ def write_page(folder: Path) -> Path:
     found = [(run, layer) for run in runs for layer in _layers(run)]
     own = [layer for run, layer in found if run == folder]
     config = _read(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))) or {}
-    named = (config.get("run") or {}).get("model") or next(
-        (n.report["model"] for _, n in found if "model" in n.report), None
-    )
-    title = "QK decomposition of " + (str(named).rstrip("/").rsplit("/", 1)[-1] if named else "the embedded model")
-    links = "".join(f'<a href="#layer-{n.number}">layer {n.number}</a> ' for n in own) if len(own) > 1 else ""
+    models = [(config.get("run") or {}).get("model"), *(layer.report.get("model") for _, layer in found)]
+    model = next((str(name).rstrip("/").rsplit("/", 1)[-1] for name in models if name), "the embedded model")
+    title = f"QK decomposition of {model}"
+    links = " ".join(f'<a href="#layer-{n.number}">layer {n.number}</a>' for n in own if len(own) > 1)
     body = [f"<header><h1>{text(title)}</h1><nav>{links}</nav></header>"]
     if len(found) > 1 or len(runs) > 1:
         body.append(_summary(folder, found))
     body += [layer_section(layer) for layer in own]
-    if not found:
-        body.append("<p>There is no layer in this folder yet.</p>")
-    if config:
-        source = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        body.append(f"<details><summary>Configuration of the run</summary><pre>{text(source)}</pre></details>")
+    body += [] if found else ["<p>There is no layer in this folder yet.</p>"]
+    source = text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    body.append(f"<details><summary>Configuration of the run</summary><pre>{source}</pre></details>" if config else "")
     write_text(folder / "report.html", charts.page(title, "\n".join(body)))
     return folder / "report.html"
-
-
-# Reading
 
 
 class Layer:
@@ -70,7 +70,7 @@ class Layer:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        return _read(self.folder / "report.json", lambda path: json.loads(path.read_text(encoding="utf-8"))) or {}
+        return _read(self.folder / "report.json", _json) or {}
 
     @cached_property
     def metrics(self) -> dict[str, list[dict[str, Any]]]:
@@ -87,10 +87,18 @@ class Layer:
         return sorted(self.rows("pairs"), key=lambda row: -row["importance"])
 
     @cached_property
+    def densest(self) -> list[dict[str, Any]]:
+        """The features of each side that fire on most tokens."""
+        rows = sorted((row for row in self.rows("features") if row["live"]), key=lambda row: -row["density"])
+        return [row for side in SIDES for row in [r for r in rows if r["side"] == side][:DENSEST_SHOWN]]
+
+    @cached_property
     def examples(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
-        """The first few examples of each feature."""
+        """The first few examples of each feature that is shown."""
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for row in self.rows("examples", [("rank", "<", SNIPPETS)]):
+        wanted = {-1, *(row["feature"] for row in self.densest)}
+        wanted |= {pair[f"{side}_feature"] for pair in self.pairs[:PAIRS_SHOWN] for side in SIDES}
+        for row in self.rows("examples", [("rank", "<", SNIPPETS), ("feature", "in", wanted)]):
             found.setdefault((row["side"], row["feature"]), []).append(row)
         return found
 
@@ -104,9 +112,6 @@ class Layer:
         for key in keys:
             at = at.get(key) if isinstance(at, dict) else None
         return at
-
-    def head_importance(self, head: int) -> float:
-        return sum(row["importance"] for row in self.pairs if row["head"] == head)
 
 
 def _layers(run: Path) -> list[Layer]:
@@ -122,12 +127,13 @@ def _read(path: Path, how: Callable[[Path], Any]) -> Any:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120]})") from None
 
 
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run can leave half a line
-
-
-# Words and tables
+    """The whole lines: a killed run can leave half a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def _value(figure: Figure | None, scale: float = 1.0, unit: str = "") -> str:
@@ -135,33 +141,34 @@ def _value(figure: Figure | None, scale: float = 1.0, unit: str = "") -> str:
     return f"{mean}{unit}" + (f' <span class="ci">{bounds}</span>' if bounds else "")
 
 
-def _mean(figure: Figure | None) -> str:
-    return interval(figure)[0]
+def _short(value: Any, percent: bool = False) -> str:
+    """A number, or a figure's mean, without its interval."""
+    value = value.get("mean") if isinstance(value, dict) else value
+    if not percent:
+        return number(value)
+    return f"{number(100 * value)} %" if finite(value) else charts.DASH
 
 
-def _percent(share: Any) -> str:
-    return f"{number(100 * share)} %" if finite(share) else "–"
-
-
-def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
-    """A table of HTML cells; the heads are plain text."""
-    top = "".join(f"<th>{text(h)}</th>" for h in head)
-    heads = [text(h) for h in head]
-    body = "".join(
-        "<tr>" + "".join(f'<td data-h="{h}">{c}</td>' for h, c in zip(heads, row, strict=False)) + "</tr>"
-        for row in rows
-    )
+def _table(head: list[str], rows: list[list[str]], kind: str = "plain", wide: tuple[int, ...] = ()) -> str:
+    """A table of HTML cells under plain heads; on a telephone the `wide` columns get a line of their own."""
+    heads = [text(words) for words in head]
+    attributes = [f'class="wide" data-h="{h}"' if n in wide else f'data-h="{h}"' for n, h in enumerate(heads)]
+    lines = ("".join(f"<td {a}>{c}</td>" for a, c in zip(attributes, row, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    top = "".join(f"<th>{h}</th>" for h in heads)
     return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _figure(title: str, drawing: str, note: str, above: str = "") -> str:
-    return f'<figure><figcaption>{text(title)}</figcaption>{above}{drawing}<p class="note">{text(note)}</p></figure>'
+    """A drawing under its title, with how to read it in one line; nothing without a drawing."""
+    note = f'<p class="note">{text(note)}</p>'
+    return drawing and f"<figure><figcaption>{text(title)}</figcaption>{above}{drawing}{note}</figure>"
 
 
 def _summary(folder: Path, found: list[tuple[Path, Layer]]) -> str:
     """A row for each layer of each run."""
-    head = ["run", "layer", "width q / k", "L0 q / k", "live q / k", "dead q / k", "pairs", "KL transcoders", "KL pruned map",
-            "KL uniform", "CE increase"]  # fmt: skip
+    both, kinds = ("width", "L0", "live", "dead"), ("transcoders", "map_pruned", "uniform")
+    head = ["run", "layer", *(f"{w} q / k" for w in both), "pairs", *(f"KL {NAMES[v]}" for v in kinds), "CE increase"]
     rows = []
     for run, layer in found:
         name, at = ("this run" if run == folder else text(run.name)), str(layer.number)
@@ -169,40 +176,34 @@ def _summary(folder: Path, found: list[tuple[Path, Layer]]) -> str:
             at = f'<a href="#layer-{at}">{at}</a>'
         elif (run / "report.html").is_file():
             name = f'<a href="./{quote(run.name)}/report.html">{name}</a>'
-        both = [[layer.figure(key, side) for side in SIDES] for key in ("width", "l0", "live", "dead")]
-        cells = [[number(v) for v in both[0]], [_mean(v) for v in both[1]], [number(v) for v in both[2]],
-                 [_percent((v or {}).get("mean")) for v in both[3]]]  # fmt: skip
-        kl = [_value(layer.figure("pattern_kl", v)) for v in ("transcoders", "map_pruned", "uniform")]
-        rows.append([name, at, *(" / ".join(c) for c in cells), number(layer.figure("pairs", "kept")), *kl,
-                     _value(layer.figure("ce_increase", "map_pruned"))])  # fmt: skip
-    note = "Held-out text. KL in nats a query row; CE increase in nats a token, with the layer's pattern from the pruned map."
-    return f'<section><h2>Summary</h2>{_table(head, rows, "summary")}<p class="note">{note}</p></section>'
-
-
-# One layer: numbers and charts
+        sides = [" / ".join(_short(layer.figure(w.lower(), side), w == "dead") for side in SIDES) for w in both]
+        values = [_value(layer.figure("pattern_kl", v)) for v in kinds]
+        increase = _value(layer.figure("ce_increase", "map_pruned"))
+        rows.append([name, at, *sides, number(layer.figure("pairs", "kept")), *values, increase])
+    note = "Held-out text. KL in nats a query row; CE increase in nats a token, under the pruned map's pattern."
+    return f'<section><h2>Summary</h2>{_table(head, rows)}<p class="note">{note}</p></section>'
 
 
 def layer_section(layer: Layer) -> str:
     """All there is to say about one layer."""
-    opening = f'<section id="layer-{layer.number}"><h2>Layer {layer.number}</h2>'
+    parts = [f'<section id="layer-{layer.number}"><h2>Layer {layer.number}</h2>']
     figures = [_curve(layer)]
-    if not layer.report:
-        unmeasured = "<p>Not measured yet: <code>qkscope evaluate</code> writes its report.json.</p>"
-        return f'{opening}{unmeasured}<div class="figures">{figures[0]}</div>{_pair_table(layer)}</section>'
-    figures = [_kl_bars(layer), _loss_bars(layer, "ce_increase"), _loss_bars(layer, "logit_kl"), _pair_curve(layer),
-               _histogram(layer, "query"), _histogram(layer, "key"), _heads(layer), *figures]  # fmt: skip
-    return "\n".join([opening, _facts(layer), _headline(layer), f'<div class="figures">{"".join(figures)}</div>',
-                      _all_figures(layer), _heat(layer), _pair_table(layer), _densest(layer), "</section>"])  # fmt: skip
+    if layer.report:
+        parts += [_facts(layer), _headline(layer)]
+        figures = [_kl_bars(layer), *(_loss_bars(layer, key) for key in LOSSES), _pair_curve(layer),
+                   *(_histogram(layer, side) for side in SIDES), _heads(layer), *figures]  # fmt: skip
+    else:
+        parts.append("<p>Not measured yet: <code>qkscope evaluate</code> writes its report.json.</p>")
+    parts += [f'<div class="figures">{"".join(figures)}</div>', _all_figures(layer) if layer.report else ""]
+    return "\n".join([*parts, _heat(layer), _pair_table(layer), _densest(layer), "</section>"])
 
 
 def _facts(layer: Layer) -> str:
     r, tokens = layer.report, layer.report.get("tokens", {})
+    evaluated, sequences = (number(tokens.get(key)) for key in ("evaluated", "sequences"))
     said = [f"{words} {r[key]}" for key, words in (("recipe", "recipe"), ("pairs_method", "pairs by")) if r.get(key)]
-    if finite(tokens.get("trained")):
-        said.append(f"trained on {number(tokens['trained'])} tokens")
-    said.append(
-        f"measured on {number(tokens.get('evaluated'))} held-out tokens, {number(tokens.get('sequences'))} sequences"
-    )
+    said += [f"trained on {number(tokens['trained'])} tokens"] if tokens.get("trained") else []
+    said.append(f"measured on {evaluated} held-out tokens in {sequences} sequences")
     if r.get("seconds"):
         said.append("wall time " + ", ".join(f"{phase} {number(s)} s" for phase, s in r["seconds"].items()))
     if finite(check := layer.figure("map_all_check", "largest_log_pattern_difference")):
@@ -211,101 +212,86 @@ def _facts(layer: Layer) -> str:
 
 
 def _headline(layer: Layer) -> str:
-    kl = {name: _mean(layer.figure("pattern_kl", name)) for name in ("transcoders", "uniform")}
+    """The few numbers that say what the layer's decomposition is worth, as tiles."""
+    kl, lost = ({v: _short(layer.figure(key, v)) for v in NAMES} for key in ("pattern_kl", "ce_increase"))
     tiles = [("Pattern KL, pruned map", _value(layer.figure("pattern_kl", "map_pruned")),
               f"nats; transcoders {kl['transcoders']}, uniform {kl['uniform']}")]  # fmt: skip
     if "ce_increase" in layer.report:
-        lost = {name: _mean(layer.figure("ce_increase", name)) for name in ("transcoders", "zero")}
-        tiles.append(("CE increase, pruned map", _value(layer.figure("ce_increase", "map_pruned")),
-                      f"nats a token; transcoders {lost['transcoders']}, zero {lost['zero']}"))  # fmt: skip
-    tiles.append(
-        ("Top-1, pruned map", _value(layer.figure("top1", "map_pruned"), 100, " %"), "query rows with the same top key")
-    )
+        note = f"nats a token; transcoders {lost['transcoders']}, zero {lost['zero']}"
+        tiles.append(("CE increase, pruned map", _value(layer.figure("ce_increase", "map_pruned")), note))
+    top1 = _value(layer.figure("top1", "map_pruned"), 100, " %")
+    tiles.append(("Top-1, pruned map", top1, "of query rows have the same top key"))
     for side in SIDES:
         live = f"{number(layer.figure('live', side))} of {number(layer.figure('width', side))} features live"
         note = f"{live}; dead {_value(layer.figure('dead', side), 100, ' %')}"
         tiles.append((f"L0, {side}", _value(layer.figure("l0", side)), note))
-    share, of_live = (_percent(layer.figure("pairs", key)) for key in ("share_of_total", "share_of_live"))
-    active = _mean(layer.figure("pairs", "active_per_score"))
-    tiles.append(("Pairs kept", number(layer.figure("pairs", "kept")),
-                  f"{share} of all, {of_live} of those of live features; {active} active a score"))  # fmt: skip
+    share, of_live = (_short(layer.figure("pairs", key), True) for key in ("share_of_total", "share_of_live"))
+    active = _short(layer.figure("pairs", "active_per_score"))
+    note = f"{share} of all, {of_live} of those of live features; {active} active a score"
+    tiles.append(("Pairs kept", number(layer.figure("pairs", "kept")), note))
     cells = "".join(f'<div><dt>{text(a)}</dt><dd>{b}</dd><dd class="sub">{c}</dd></div>' for a, b, c in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def _rows_of(found: dict[str, Any]) -> list[Bar]:
-    return [
-        Bar(name, found[key], KINDS.get(key, "g")) for key, name in NAMES.items() if key in found and key != "map_all"
-    ]
+def _bars(found: dict[str, Any], title: str, words: str, log: bool) -> str:
+    rows = [Bar(NAMES[v], found[v], KINDS.get(v, "g")) for v in NAMES if v in found and v != "map_all"]
+    return charts.bars(rows, title, words, log=log)
 
 
 def _loss_bars(layer: Layer, key: str) -> str:
-    if not (found := layer.report.get(key)):
-        return ""
-    title, what, note = {
-        "ce_increase": ("Cross-entropy increase", "nats a token (log)", "The layer's pattern replaced, values kept. Blue: "
-                        "ours; grey: ablations. Shorter is closer to the model."),
-        "logit_kl": ("KL of the model's output", "KL(true ‖ patched logits), nats a token (log)", "How far the next-token "
-                     "distribution moves when the pattern is replaced. Shorter is better."),
-    }[key]  # fmt: skip
-    return _figure(title, charts.bars(_rows_of(found), title, what, log=True), note)
+    title, words, note = LOSSES[key]
+    return _figure(title, _bars(layer.report[key], title, words, True) if layer.report.get(key) else "", note)
 
 
 def _kl_bars(layer: Layer) -> str:
     controls = {name: control.get("pattern_kl") for name, control in (layer.report.get("controls") or {}).items()}
-    rows = _rows_of({**layer.report.get("pattern_kl", {}), **controls})
-    note = "KL(true ‖ reproduced), mean over query rows and heads; shorter is better. " + (
-        "Outlined: controls (key features permuted; untrained dictionaries and SVD at the same L0)."
-        if controls else "No controls were measured.")  # fmt: skip
-    return _figure("Pattern KL", charts.bars(rows, "Pattern KL", "nats a query row"), note)
+    drawing = _bars({**layer.report.get("pattern_kl", {}), **controls}, "Pattern KL", "nats a query row", False)
+    said = "Outlined: controls (key features permuted; untrained dictionaries and SVD at the same L0)."
+    note = "KL(true ‖ reproduced), mean over query rows and heads; shorter is better. "
+    return _figure("Pattern KL", drawing, note + (said if controls else "No controls were measured."))
 
 
 def _pair_curve(layer: Layer) -> str:
-    curve = [
-        (p["kept"], p["pattern_kl"]["mean"], p["pattern_kl"].get("ci95")) for p in layer.figure("pairs", "curve") or []
-    ]
-    last = [lines[-1] for lines in layer.metrics.values() if finite(lines[-1].get("pairs"))]
-    series = [
-        Series("held-out", "a", curve),
-        Series(
-            "training set, end of each phase", "ao", [(n["pairs"], n["pattern_kl"], None) for n in last], joined=False
-        ),
-    ]
-    guides = {NAMES[v]: (layer.figure("pattern_kl", v) or {}).get("mean") for v in ("transcoders", "uniform")}
     title = "Pattern KL by pairs kept"
+    curve = [(p["kept"], p["pattern_kl"]) for p in layer.figure("pairs", "curve") or []]
+    ends = [lines[-1] for lines in layer.metrics.values() if finite(lines[-1].get("pairs"))]
+    trained = [(line["pairs"], line["pattern_kl"], None) for line in ends]
+    series = [Series("held-out", "a", [(kept, kl["mean"], charts.bounds(kl)) for kept, kl in curve]),
+              Series("training set, end of each phase", "ao", trained, joined=False)]  # fmt: skip
+    guides = {NAMES[v]: layer.figure("pattern_kl", v, "mean") for v in ("transcoders", "uniform")}
     drawing = charts.plot(series, title, "pairs kept (log)", "nats (log)", x_log=True, guides=guides)
-    note = ("Filled: the final map cut to its most important pairs without retraining, on held-out text. Hollow: training-set "
-            "figures where a training phase ended.")  # fmt: skip
-    return _figure(title, drawing, note, legend([(s.kind, s.name) for s in series if s.points])) if drawing else ""
+    note = ("Filled: the final map cut to its most important pairs without retraining, on held-out text. Hollow: "
+            "training-set figures where a training phase ended.")  # fmt: skip
+    return _figure(title, drawing, note, legend([(s.kind, s.name) for s in series if s.points]))
 
 
 def _histogram(layer: Layer, side: str) -> str:
-    found = layer.report.get("log10_density")
-    if not found:
+    if not (found := layer.report.get("log10_density")):
         return ""
-    low = min([-4.0, *(e for s in SIDES for e, n in zip(found["edges"], found[s], strict=False) if n)])
-    width, live = layer.figure("width", side), layer.figure("live", side)
-    drawing = charts.histogram(found["edges"], found[side], f"Firing frequency, {side} features", side[0] == "q", low,
-                               max(max(found[s]) for s in SIDES))  # fmt: skip
-    note = f"{number(width - live)} of {number(width)} never fired and are not drawn. Right of the dashed line, on more than 10 %: "
-    return _figure(
-        f"Firing frequency, {side} features", drawing, note + f"{_percent(layer.figure('dense', side, 'mean'))}."
+    title, edges = f"Firing frequency, {side} features", found["edges"]
+    low = min([-4.0, *(edge for s in SIDES for edge, n in zip(edges, found[s], strict=False) if n)])
+    drawing = charts.histogram(edges, found[side], title, side[0] == "q", low, max(max(found[s]) for s in SIDES))
+    width, live, dense = (layer.figure(key, side) for key in ("width", "live", "dense"))
+    note = (
+        f"{width - live:,} of {width:,} never fired and are not drawn; {_short(dense, True)} fire on more than 10 % of "
     )
+    return _figure(title, drawing, note + "tokens (dashed line).")
 
 
 def _heads(layer: Layer) -> str:
     kinds = {"uniform": "o", "transcoders": "a2", "map_pruned": "a"}
-    lists = {v: layer.figure("pattern_kl", v, "per_head") or [] for v in kinds}
+    lists = {key: {v: layer.figure(key, v, "per_head") or [] for v in kinds} for key in ("pattern_kl", "top1")}
+    lists["top1"].pop("uniform")  # every key is its top key
     counts = layer.figure("pairs", "per_head") or []
     rows = []
-    for head in range(max(map(len, lists.values()))):
-        kl = {kinds[v]: heads[head]["mean"] for v, heads in lists.items() if head < len(heads)}
-        tops = ((v, layer.figure("top1", v, "per_head") or []) for v in ("transcoders", "map_pruned"))
-        top1 = {kinds[v]: heads[head]["mean"] for v, heads in tops if head < len(heads)}
-        rows.append((str(head), kl, top1, counts[head] if head < len(counts) else None))
-    note = "A row a head. Left, further left is better; right, further right is better. A full dot on a light one: pruning costs nothing."
-    marks = legend([(kind, NAMES[v]) for v, kind in kinds.items()])
-    return _figure("Each head", charts.head_dots(rows, "Pattern KL and top-1 by head"), note, marks) if rows else ""
+    for head in range(max(map(len, lists["pattern_kl"].values()))):
+        values = [{kinds[v]: f[head]["mean"] for v, f in by.items() if f[head:]} for by in lists.values()]
+        rows.append((str(head), values[0], values[1], counts[head] if counts[head:] else None))
+    note = (
+        "A row a head. On the left less is better, on the right more. Full dot over light one: pruning costs nothing."
+    )
+    drawing = charts.head_dots(rows, "Pattern KL and top-1 by head") if rows else ""
+    return _figure("Each head", drawing, note, legend([(kind, NAMES[v]) for v, kind in kinds.items()]))
 
 
 def _curve(layer: Layer) -> str:
@@ -316,38 +302,36 @@ def _curve(layer: Layer) -> str:
         breaks[phase] = before
         before += lines[-1]["tokens"]
     drawing = charts.plot(series, "Training", "training tokens, all phases", "pattern KL, nats (log)", breaks=breaks)
-    return (
-        _figure("Training", drawing, "Mean of the logged steps on training text; dashed: where a phase begins.")
-        if drawing
-        else ""
-    )
+    return _figure("Training", drawing, "Means of logged steps on training text; dashed: where a phase begins.")
 
 
 def _all_figures(layer: Layer) -> str:
-    metrics = ("pattern_kl", "top1", "absolute_error")
-    found = {v: [layer.figure(m, v) or layer.figure("controls", v, m) for m in metrics] for v in NAMES}
-    rows = [[text(NAMES[v]), *(_value(f) + "</td><td>" + _value(f and f.get("without_position_0")) for f in figures)]
-            for v, figures in found.items() if any(figures)]  # fmt: skip
-    head = [w for m in ("KL, nats", "top-1", "absolute error") for w in (m, f"{m}, without position 0")]
-    tables = _table(["pattern", *head], rows)
+    """Every pattern figure, what is recovered, and the share of the biases, folded away."""
+    metrics = {"KL, nats": "pattern_kl", "top-1": "top1", "absolute error": "absolute_error"}
+    rows = []
+    for variant, name in NAMES.items():
+        figures = [layer.figure(m, variant) or layer.figure("controls", variant, m) for m in metrics.values()]
+        if any(figures):
+            both = [(f, f and f.get("without_position_0")) for f in figures]
+            rows.append([text(name), *(_value(f) for two in both for f in two)])
+    tables = _table(["pattern", *(w for m in metrics for w in (m, f"{m}, without position 0"))], rows)
     if recovered := layer.report.get("recovered"):
         rows = [[text(NAMES.get(v, v)), *(_value(f.get(m), 100, " %") for f in by.values() for m in ("ce", "logit_kl"))]
                 for v, by in recovered.items()]  # fmt: skip
         of = [f"{what} of {NAMES.get(a, a)}" for a in next(iter(recovered.values())) for what in ("CE", "logit KL")]
         tables += "<p>Share of an ablation's damage that is recovered</p>" + _table(["pattern", *of], rows)
-    bias = [f"{_percent(layer.figure('pairs', f'with_{side}_bias', 'importance'))} on {number(n)} pairs with the {side} bias"
-            for side in SIDES if finite(n := layer.figure("pairs", f"with_{side}_bias", "kept"))]  # fmt: skip
-    tables += f'<p class="note">Of all importance, {text(" and ".join(bias))}.</p>' if bias else ""
+    for side in SIDES:
+        kept, share = (layer.figure("pairs", f"with_{side}_bias", key) for key in ("kept", "importance"))
+        tables += (
+            f'<p class="note">{number(kept)} pairs with the {side} bias hold {_short(share, True)} of importance.</p>'
+        )
     return f"<details><summary>All figures of this layer</summary>{tables}</details>"
-
-
-# One layer: tokens
 
 
 def _token(token: str) -> str:
     """A token with its whitespace visible, in its own direction."""
-    marks = {" ": "<i>·</i>", "\n": "<i>⏎</i>", "\t": "<i>⇥</i>", "\r": "<i>␍</i>", "\u00a0": "<i>⍽</i>"}
-    lone = "◌" if token and unicodedata.category(token[0]).startswith("M") else ""  # a mark without its letter
+    marks = {" ": "<i>·</i>", "\n": "<i>⏎</i>", "\t": "<i>⇥</i>", "\r": "<i>↵</i>", "\u00a0": "<i>⍽</i>"}
+    lone = "◌" if unicodedata.category(token[:1] or " ")[0] == "M" else ""  # a mark without its letter
     return lone + "".join(marks.get(char) or text(char) for char in token)
 
 
@@ -355,13 +339,11 @@ def _snippet(row: dict[str, Any]) -> str:
     """An example's tokens around its strongest one, those that fire shaded."""
     parts, center = [], row["center"]
     for place in range(max(center - BEFORE, 0), min(center + AFTER + 1, len(row["tokens"]))):
-        token, act = _token(row["tokens"][place]), row["activations"][place]
+        act, fires = row["activations"][place], ""
         if act > 0:
-            kind = "f top" if place == center else "f"
-            shade = f'style="--s:{min(act / max(row["activation"], 1e-9), 1):.2f}"'
-            parts.append(f'<bdi class="{kind}" {shade} title="{act:.6g}">{token}</bdi>')
-        else:
-            parts.append(f"<bdi>{token}</bdi>")
+            shade = min(act / max(row["activation"], 1e-9), 1)
+            fires = f' class="{"f top" if place == center else "f"}" style="--s:{shade:.2f}" title="{act:.6g}"'
+        parts.append(f"<bdi{fires}>{_token(row['tokens'][place])}</bdi>")
     where = f"document {row['document']}, position {row['position']}"
     return f'<div class="snip" title="{where}">{"<wbr>".join(parts)}</div>'
 
@@ -375,42 +357,43 @@ def _feature(layer: Layer, side: str, feature: int) -> str:
 
 
 def _pair_table(layer: Layer) -> str:
-    if not layer.pairs:
-        return ""
-    rows = [[str(place), str(p["head"]), _feature(layer, "query", p["query_feature"]), _feature(layer, "key", p["key_feature"]),
-             number(p["strength"]), number(1000 * p["importance"])]
-            for place, p in enumerate(layer.pairs[:PAIRS_SHOWN], 1)]  # fmt: skip
-    note = ("A head attends from tokens where the query feature fires to tokens where the key feature fires (strength above 0), or "
-            "away from them (below 0). Shade: activation within the example; outlined: its maximum; hover for the value. Importance: "
-            "what leaving the pair out costs, to second order, in millinats of pattern KL a query row.")  # fmt: skip
+    rows = []
+    for place, pair in enumerate(layer.pairs[:PAIRS_SHOWN], 1):
+        features = [_feature(layer, side, pair[f"{side}_feature"]) for side in SIDES]
+        numbers = [number(pair["strength"]), number(1000 * pair["importance"])]
+        rows.append([str(place), str(pair["head"]), *features, *numbers])
+    note = ("Strength multiplies the two activations in a score: above 0 the head attends from where the query feature "
+            "fires to where the key feature fires, below 0 it turns away; with a rotary embedding it is a factor on a "
+            "product that varies with distance. Importance: what leaving the pair out costs, to second order, in "
+            "millinats of KL a query row. Shade: activation within the example, outlined its maximum.")  # fmt: skip
     head = ["#", "head", "query feature", "key feature", "strength", "importance, mnat"]
-    return f'<h3>Strongest pairs</h3><p class="note">{note}</p>{_table(head, rows, "pairs")}'
+    opening = f'<h3>Strongest pairs</h3><p class="note">{note}</p>'
+    return opening + _table(head, rows, "pairs tokens", (2, 3)) if rows else ""
 
 
 def _densest(layer: Layer) -> str:
-    features = sorted(layer.rows("features"), key=lambda row: -row["density"])
     rows = []
-    for side in SIDES:
-        for f in [row for row in features if row["side"] == side and row["live"]][:DENSEST_SHOWN]:
-            heads = ", ".join(map(str, f["top_heads"])) or "–"
-            rows.append([_percent(f["density"]), _feature(layer, side, f["feature"]), number(f["mean_activation"]),
-                         number(f["max_activation"]), heads, number(f["pairs"]), number(1000 * f["importance"])])  # fmt: skip
-    head = ["fires on", "feature", "mean", "max", "top heads", "pairs", "importance, mnat"]
-    note = "The features that fire on most tokens, query side first; their examples are often unreadable, their pairs are not."
-    return f'<h3>Densest features</h3><p class="note">{note}</p>{_table(head, rows, "dense")}' if rows else ""
+    for f in layer.densest:
+        numbers = [number(f["mean_activation"]), number(f["max_activation"]), number(f["pairs"])]
+        numbers += [number(1000 * f["importance"]), ", ".join(map(str, f["top_heads"])) or charts.DASH]
+        rows.append([_short(f["density"], True), _feature(layer, f["side"], f["feature"]), *numbers])
+    note = "The features that fire on most tokens, by side; where examples say little, look at the pairs they are in."
+    head = ["fires on", "feature", "mean", "max", "pairs", "importance, mnat", "heads"]
+    opening = f'<h3>Densest features</h3><p class="note">{note}</p>'
+    return opening + _table(head, rows, "dense tokens", (1,)) if rows else ""
 
 
 def _heat(layer: Layer) -> str:
     """The patterns of the most important head on one text; the other heads folded away."""
-    found = _read(layer.folder / "patterns.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    found = _read(layer.folder / "patterns.json", _json)
+    name = f"layer-{layer.number}-heat"
     if not found or not found.get("heads"):
         return ""
-    heads = sorted(found["heads"], key=lambda h: -layer.head_importance(h["head"]))
-    blocks = [charts.heat_maps(h, f"layer-{layer.number}-heat") for h in heads]
-    others = f"<details><summary>Other heads</summary>{''.join(blocks[1:])}</details>" if blocks[1:] else ""
+    heads = sorted(found["heads"], key=lambda h: -sum(p["importance"] for p in layer.pairs if p["head"] == h["head"]))
+    first, *others = (charts.heat_maps(head, name) for head in heads)
+    folded = f"<details><summary>Other heads</summary>{''.join(others)}</details>" if others else ""
     tokens = "<wbr>".join(f'<bdi title="position {i}">{_token(t)}</bdi>' for i, t in enumerate(found["tokens"]))
-    note = ("Queries run down, keys across. Colour goes with the square root of the weight; difference is pruned less true, blue "
-            "where the map attends too much. Point at a cell to read it.")  # fmt: skip
-    data = charts.heat_data(found["tokens"], heads, f"layer-{layer.number}-heat")
-    return (f'<h3>Patterns on a held-out text</h3><p class="note">{note}</p><p class="snip">{tokens}</p>'
-            f"{blocks[0]}{others}{data}")  # fmt: skip
+    note = ("Queries run down, keys across. Colour goes with the square root of the weight; difference is pruned less "
+            "true, blue where the map attends too much. Point at a cell to read it.")  # fmt: skip
+    opening = f'<h3>Patterns on a held-out text</h3><p class="note">{note}</p><p class="snip">{tokens}</p>'
+    return opening + first + folded + charts.heat_data(found["tokens"], heads, name)

@@ -1,7 +1,8 @@
 """y = a S for a fixed sparse S: its products and gradients without a dense copy of S.
 
-S has one value for each kept (row, column); only the gradient at those places is ever formed. Products go through the
-CSR form of S and of Sᵀ, which are made once for a layout and filled with new values at each call.
+Products go through the CSR form of S and of Sᵀ, whose places are kept for a layout and filled with new values at each
+call. The gradient of the values uses that activations are sparse too: only the tokens at which a feature is active add
+to it, so it is a sparse product as well, taken in blocks of columns, of which the kept places are picked.
 
 Shapes: n tokens, R rows (input features), C columns, Z stored values.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GRADIENT_ELEMENTS = 1 << 24  # elements of one gathered block in the gradient of the values
+GRADIENT_ELEMENTS = 1 << 26  # elements of one block of columns in the gradient of the values
 
 
 @dataclass(frozen=True)
@@ -55,31 +56,43 @@ def _product(form: tuple[Tensor, Tensor, Tensor], values: Tensor, dense: Tensor,
         return matrix @ dense
 
 
+def compressed(a_Rn: Tensor) -> Tensor:
+    """Activations in CSR form, detached; made once where several heads use them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return a_Rn.detach().to_sparse_csr()
+
+
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a_Rn: Tensor, values_Z: Tensor, layout: SparseLayout) -> Tensor:
-        ctx.save_for_backward(a_Rn, values_Z)
-        ctx.layout = layout
+    def forward(ctx: Any, a_Rn: Tensor, values_Z: Tensor, layout: SparseLayout, a_csr: Tensor) -> Tensor:
+        ctx.save_for_backward(values_Z)
+        ctx.layout, ctx.a_csr = layout, a_csr
         return _product(layout.by_column, values_Z, a_Rn, layout.n_columns)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        a_Rn, values_Z = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (values_Z,) = ctx.saved_tensors
         layout: SparseLayout = ctx.layout
-        grad = grads[0].contiguous()
-        to_a = _product(layout.by_row, values_Z, grad, layout.n_rows) if ctx.needs_input_grad[0] else None
+        grad_Cn = grads[0].contiguous()
+        to_a = _product(layout.by_row, values_Z, grad_Cn, layout.n_rows) if ctx.needs_input_grad[0] else None
         to_values = None
         if ctx.needs_input_grad[1]:
-            step = max(GRADIENT_ELEMENTS // max(a_Rn.shape[1], 1), 1)
-            to_values = torch.cat(
-                [
-                    torch.linalg.vecdot(a_Rn[row], grad[column])
-                    for row, column in zip(layout.row_Z.split(step), layout.column_Z.split(step), strict=True)
-                ]
-            )
-        return to_a, to_values, None
+            to_values = torch.empty_like(values_Z)
+            step = max(GRADIENT_ELEMENTS // layout.n_rows, 1)
+            for start in range(0, layout.n_columns, step):
+                dense = ctx.a_csr @ grad_Cn[start : start + step].T
+                order, starts, rows = layout.by_column  # values in the order of their columns
+                here = slice(int(starts[start]), int(starts[min(start + step, layout.n_columns)]))
+                places = order[here]
+                to_values[places] = dense[rows[here], layout.column_Z[places] - start]
+        return to_a, to_values, None, None
 
 
-def sparse_linear(a_Rn: Tensor, values_Z: Tensor, layout: SparseLayout) -> Tensor:
-    """Sᵀ a, float32 [C, n], for a [R, n] (features first: rows of a feature lie together) and S's values [Z]."""
-    return _SparseLinear.apply(a_Rn, values_Z, layout)  # type: ignore[return-value]
+def sparse_linear(a_Rn: Tensor, values_Z: Tensor, layout: SparseLayout, a_csr: Tensor | None = None) -> Tensor:
+    """Sᵀ a, float32 [C, n], for a [R, n] (features first: rows of a feature lie together) and S's values [Z].
+
+    `a_csr`: `compressed(a_Rn)`, where it is at hand.
+    """
+    a_csr = compressed(a_Rn) if a_csr is None else a_csr
+    return _SparseLinear.apply(a_Rn, values_Z, layout, a_csr)  # type: ignore[return-value]

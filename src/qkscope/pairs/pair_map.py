@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..attention import PatternRule
 from ..dictionary import SparseTranscoder
-from ..kernels.sparse_linear import SparseLayout, sparse_linear
+from ..kernels.sparse_linear import SparseLayout, compressed, sparse_linear
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def pair_scores(
     """
     batch, length = acts_q_BTF.shape[:2]
     flat_Fn = acts_q_BTF.flatten(0, 1).T.contiguous()
+    active = compressed(flat_Fn)
     if rule.rotary is not None:
         order, phase = rule.rotary.phases()
         rows_q, rows_k = rows_q[..., order], rows_k[..., order]
@@ -139,14 +140,14 @@ def pair_scores(
             scores.append(acts_q_BTF.new_zeros(batch, length, length))
             continue
         if rule.rotary is None:
-            y = sparse_linear(flat_Fn, strength_P[here], pairs.layout(head, 1)).T.unflatten(0, (batch, length))
+            y = sparse_linear(flat_Fn, strength_P[here] * rule.scaling, pairs.layout(head, 1), active).T.unflatten(0, (batch, length))
         else:
             group = head * rows_k.shape[1] // pairs.n_heads
             width = rows_q.shape[-1]
-            values = strength_P[here, None] * rows_q[pairs.query_P[here], head]
-            y = sparse_linear(flat_Fn, values.flatten(), pairs.layout(head, width)).T
+            values = strength_P[here, None] * rule.scaling * rows_q[pairs.query_P[here], head]
+            y = sparse_linear(flat_Fn, values.flatten(), pairs.layout(head, width), active).T
             y = turn(y.reshape(batch, length, len(used), width), phase).flatten(2)
             turned = turn(rows_k[used, group].expand(1, length, -1, -1), phase)
             keys = (keys[..., None] * turned).flatten(2)
-        scores.append((y * rule.scaling) @ keys.transpose(1, 2))
+        scores.append(y @ keys.transpose(1, 2))
     return rule.cap(torch.stack(scores, 1))
