@@ -6,7 +6,7 @@ and keys, the mask, the scale, the soft cap and the learned sinks. No architectu
 
 What is notable:
 - Queries and keys are handed over as they *enter* the rotary embedding (see rotary.py), so a feature means the same at
-  every position. `PatternRule` holds all that turns them into a pattern.
+  every position. `PatternRule` (pattern.py) holds all that turns them into a pattern.
 - A site checks itself when it is made: the pattern from its own q, k, mask and scale must equal the model's own.
 - One forward pass serves any number of layers and stops after the last wanted one.
 
@@ -21,9 +21,9 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from .errors import UserError
-from .rotary import Rotary, RotaryCall, RotaryLayout
+from .models import load_model
+from .pattern import AttentionInputs, PatternRule, PatternSource
+from .rotary import RotaryCall, RotaryLayout
 
 IMPLEMENTATION = "qkscope"
 SUPPORTED = (
@@ -41,92 +43,11 @@ SUPPORTED = (
 )
 
 
-@dataclass(frozen=True)
-class PatternRule:
-    """All that makes a layer's pattern of its queries and keys on one batch; taken from the model, never set by us."""
-
-    visible_BQK: Tensor
-    """bool [B or 1, Q, K]: which keys a query may see (causal, sliding or padding mask)."""
-    scaling: float
-    softcap: float | None = None
-    sink_N: Tensor | None = None
-    """Learned score of a sink that takes part in the softmax and is then dropped."""
-    rotary: Rotary | None = None
-
-    @property
-    def shift_free(self) -> bool:
-        """Whether a constant added to a score row leaves the pattern as it is."""
-        return self.softcap is None and self.sink_N is None
-
-    def scores(self, q_BTNH: Tensor, k_BTGH: Tensor) -> Tensor:
-        """Scaled, soft-capped scores of every query and key, float32 [B, N, Q, K], before the mask."""
-        q, k = q_BTNH.float(), k_BTGH.float()
-        if self.rotary is not None:
-            q, k = self.rotary.rotate(q), self.rotary.rotate(k)
-        q = q.transpose(1, 2)
-        k = k.transpose(1, 2)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        return self.cap((q * self.scaling) @ k.transpose(2, 3))
-
-    def cap(self, scores: Tensor) -> Tensor:
-        """The model's soft cap on scaled scores."""
-        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
-
-    def masked(self, scores_BNQK: Tensor) -> Tensor:
-        """-inf where a key is not visible, and the sink's column where there is one."""
-        scores = scores_BNQK.masked_fill(~self.visible_BQK[:, None], -torch.inf)
-        if self.sink_N is None:
-            return scores
-        sink = self.sink_N.float()[None, :, None, None].expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sink], -1)
-
-    def plain(self) -> PatternRule:
-        """The same mask, and nothing else: scores are bare products."""
-        return PatternRule(self.visible_BQK, 1.0)
-
-    def crop(self, length: int) -> PatternRule:
-        """The rule for the first `length` positions of the first sequence."""
-        visible = self.visible_BQK[:1, :length, :length]
-        return replace(self, visible_BQK=visible, rotary=self.rotary and self.rotary.of_sequence(0, length))
-
-    def log_pattern(self, q_BTNH: Tensor, k_BTGH: Tensor) -> Tensor:
-        """Log of the attention pattern, float32 [B, N, Q, K] (one more column with a sink); -inf where masked."""
-        return self.masked(self.scores(q_BTNH, k_BTGH)).log_softmax(-1)
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What one layer's attention was handed on one batch."""
-
-    x_BTD: Tensor
-    """Input of the attention module, after the layer's own norm."""
-    q_BTNH: Tensor
-    """Queries as they enter the rotary embedding; float32, as the keys, whatever the model computes in."""
-    k_BTGH: Tensor
-    rule: PatternRule
-    real_BT: Tensor
-    """bool: False at padding. Every average leaves padded queries out."""
-
-    @cached_property
-    def log_pattern_BNQK(self) -> Tensor:
-        """The model's own pattern."""
-        return self.rule.log_pattern(self.q_BTNH, self.k_BTGH)
-
-    def detached(self) -> AttentionInputs:
-        return replace(self, x_BTD=self.x_BTD.detach(), q_BTNH=self.q_BTNH.detach(), k_BTGH=self.k_BTGH.detach())
-
-
-class PatternSource(Protocol):
-    """Anything that gives a pattern for what an attention saw: a decomposition, an ablation, a control."""
-
-    def __call__(self, inputs: AttentionInputs) -> Tensor: ...
-
-
 class _Stop(Exception):
     """Ends a forward pass after the last wanted layer."""
 
 
-Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, "PatternRule"], Tensor | None]
+Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | None]
 _handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
 _seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
 
@@ -200,8 +121,6 @@ class AttentionSite:
     @classmethod
     def load(cls, name: str, *, layer: int, dtype: str = "float32", device: str = "cpu") -> AttentionSite:
         """Load a model by folder or name and open one of its layers."""
-        from .models import load_model
-
         model, tokenizer = load_model(name, dtype=dtype, device=device)
         return cls(model, tokenizer, layer=layer)
 

@@ -129,7 +129,7 @@ class PairsConfig(Config):
     """Pairs to keep, over all heads."""
     max_kl: float | None = Field(default=None, gt=0)
     """Keep the fewest pairs whose pattern KL on validation text stays under this (nats); `count` is then the most."""
-    importance_tokens: int = Field(default=16_384, ge=1)
+    importance_tokens: int = Field(default=8192, ge=1)
     """Training tokens over which importance is averaged."""
     validation_tokens: int = Field(default=16_384, ge=1)
     """Validation tokens on which a selection is judged."""

@@ -20,13 +20,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from .attention import AttentionInputs, PatternSource
 from .config import RunConfig, build
 from .dictionary import SparseTranscoder
 from .errors import UserError
 from .files import read_tensors, write_atomic, write_tensors
 from .kernels.row_kl import exp
 from .pairs.pair_map import Pairs, pair_scores, rows, with_bias
+from .pattern import AttentionInputs, PatternSource
 
 SIDES = ("query", "key")
 TENSORS = ("W_enc", "b_enc", "b_in", "W_dec", "b_out", "threshold")
@@ -111,9 +111,7 @@ class Decomposition:
         for name in ("strength_P", "weight_strength_P", "importance_P"):
             setattr(self, name, getattr(self, name).to(device))
         p = self.pairs
-        self.pairs = Pairs(
-            p.query_P.to(device), p.key_P.to(device), p.head_P.to(device), p.n_query, p.n_key, p.n_heads
-        )
+        self.pairs = Pairs(p.query_P.to(device), p.key_P.to(device), p.head_P.to(device), p.n_query, p.n_key, p.n_heads)
         return self
 
     @property
@@ -147,18 +145,16 @@ class Decomposition:
             "importance": self.importance_P[order],
             "rank": torch.arange(len(order)),
         }
-        return pa.table(
-            {name: pa.array(columns[name].cpu().numpy()).cast(kind) for name, kind in PAIR_COLUMNS.items()}
-        )
+        return pa.table({name: pa.array(columns[name].cpu().numpy()).cast(kind) for name, kind in PAIR_COLUMNS.items()})
 
     @classmethod
     def load(cls, folder: str | Path) -> Decomposition:
         """Read one layer's artefact, e.g. `runs/gpt2/layer_10`; anything missing, cut short or misshapen is refused."""
         folder = Path(folder)
         layer, config, shape = _read_site(folder)
-        sides = load_transcoders(folder / "dictionaries.safetensors", config, shape)
-        pairs, table = _read_pairs(folder / "pairs.parquet", sides[0].width, sides[1].width, shape)
-        return cls(layer, shape, *sides, pairs, *table, config, folder)
+        query, key = load_transcoders(folder / "dictionaries.safetensors", config, shape)
+        pairs, table = _read_pairs(folder / "pairs.parquet", query.width, key.width, shape)
+        return cls(layer, shape, query, key, pairs, *table, config, folder)
 
 
 def save_transcoders(path: Path, query: SparseTranscoder, key: SparseTranscoder) -> None:
@@ -234,7 +230,7 @@ def _transcoder(
     return transcoder.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
-def _read_pairs(path: Path, n_query: int, n_key: int, shape: SiteShape) -> tuple[Pairs, tuple[Tensor, ...]]:
+def _read_pairs(path: Path, n_query: int, n_key: int, shape: SiteShape) -> tuple[Pairs, tuple[Tensor, Tensor, Tensor]]:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
@@ -251,5 +247,7 @@ def _read_pairs(path: Path, n_query: int, n_key: int, shape: SiteShape) -> tuple
         raise UserError(f"{path}: row {row} names a feature or head that the dictionaries do not have")
     query, key = query.where(query >= 0, torch.tensor(n_query)), key.where(key >= 0, torch.tensor(n_key))
     order = ((head * (n_query + 1) + query) * (n_key + 1) + key).argsort()
-    values = (torch.from_numpy(table[n].to_numpy().copy())[order] for n in ("strength", "weight_strength", "importance"))
-    return Pairs(query[order], key[order], head[order], n_query, n_key, shape.N), tuple(values)
+    strength, weight, importance = (
+        torch.from_numpy(table[n].to_numpy().copy())[order] for n in list(PAIR_COLUMNS)[3:6]
+    )
+    return Pairs(query[order], key[order], head[order], n_query, n_key, shape.N), (strength, weight, importance)

@@ -27,7 +27,7 @@ JUMP_BANDWIDTH = 0.05  # width of the straight-through estimate, relative to the
 
 
 class SparseTranscoder(nn.Module):
-    """One dictionary. Parameters are float32; `W_enc [D, F]`, `W_dec [F, M]`, biases `b_in [D]`, `b_enc [F]`, `b_out [M]`."""
+    """One dictionary: float32 `W_enc [D, F]`, `W_dec [F, M]`, biases `b_in [D]`, `b_enc [F]`, `b_out [M]`."""
 
     def __init__(self, d_in: int, width: int, d_out: int, activation: Activation, k: float) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class SparseTranscoder(nn.Module):
     def norms(self) -> Tensor:
         """What an activation is multiplied by to give a size, [F]; not differentiated."""
         w = self.W_dec.detach()
-        if self.metric is None:
+        # TopK has no threshold to fold the metric into, and must choose in a reader's hands as it did in training.
+        if self.metric is None or self.activation == "topk":
             return w.norm(dim=1)
         n, h, _ = self.metric.shape
         w = w.view(len(w), n, h)
@@ -115,7 +116,7 @@ class SparseTranscoder(nn.Module):
         return self.decode(self.encode(x_nD))
 
     def plain_threshold(self) -> Tensor:
-        """Thresholds on relu(pre)·‖W_dec_f‖, [F]: what an artefact stores and `norms` in the plain norm compares with."""
+        """Thresholds on relu(pre)·‖W_dec_f‖, [F]: what an artefact stores."""
         if self.metric is None:
             return self.threshold.detach().clone()
         plain, norms = self.W_dec.detach().norm(dim=1), self.norms()

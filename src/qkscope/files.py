@@ -16,9 +16,14 @@ from safetensors.torch import save_file
 
 from .errors import UserError
 
-
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+_REFUSED = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 @contextmanager
@@ -31,7 +36,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"the disk is full while writing {path}; make room and give the same command again to go on"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _REFUSED:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
         raise
     except SafetensorError as error:
@@ -43,7 +48,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, then put it in place in one step."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +68,14 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote; for who alone writes in the folder."""
+    for left in folder.rglob(".*.[0-9]*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

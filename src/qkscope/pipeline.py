@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from .attention import AttentionInputs, AttentionSite, harvest, open_sites
+from .attention import AttentionInputs, AttentionSite, open_sites
 from .config import RunConfig
 from .data import Sequences, check_text
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
 from .errors import UserError
 from .evaluate.run import evaluate_run
+from .files import remove_leftovers
 from .models import load_model
 from .pairs.importance import firing_features, pair_importance, rank_pairs
 from .pairs.mask import MaskJob, require_memory
@@ -31,11 +32,11 @@ from .progress import Reporter
 from .run_folder import claimed, layer_folder, require_same, variants, write_config
 from .training import checkpoint
 from .training.checkpoint import job_name
-from .training.loop import Logs, train
+from .training.loop import Logs, harvest_finite, train
 from .training.start import side_statistics, start
 from .training.step1 import Step1Job
 
-START_TOKENS = 16_384  # training tokens that a start is fitted to
+START_TOKENS = 8192  # training tokens that a start is fitted to
 HALVINGS = 6  # with a KL bound, tune goes on below `count` by halves, so many times at the most
 
 
@@ -76,6 +77,7 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         names = variants(config)
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
+        remove_leftovers(out)
         finished = Run(out, config)
         if there and _is_done(finished, names):
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
@@ -89,12 +91,10 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         sites = open_sites(model, tokenizer, sorted(set(config.layers)))
         _require_context(config, model)
         runner = _Runner(config, names, out, sites, reporter)
-        if not there:
-            shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
-            for name, single in reversed(names.items()):  # the run's own config.yaml is written last
+        shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
+        for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
+            if not (out / name / "config.yaml").exists():
                 write_config(out / name, single, shapes, str(device))
-            if "" not in names:
-                write_config(out, config, shapes, str(device))
         runner.train()
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
         (out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -173,7 +173,7 @@ class _Runner:
         if self._sample is None or self._sample[0] != (layer, split):
             site = next(s for s in self.sites if s.layer == layer)
             batches = self.text(split, repeat=split == "train", max_tokens=tokens)
-            inputs = [harvest([site], b.tokens_BT, b.real_BT)[0] for b in (b.to(self.device) for b in batches)]
+            inputs = [harvest_finite(site, batch.to(self.device)) for batch in batches]
             self._sample = (layer, split), inputs
         return self._sample[1]
 
@@ -186,7 +186,10 @@ class _Runner:
         phases = self._phases()
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
-        if saved:
+        if saved is None:  # a run killed before its first checkpoint begins anew, its log too
+            for job in jobs:
+                (self._folder(job) / "metrics.jsonl").unlink(missing_ok=True)
+        else:
             self.seconds = dict(saved[1].notes.get("seconds", {}))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0:
@@ -230,9 +233,7 @@ class _Runner:
             phases += [Phase(f"tune{len(counts) + i}", c, tokens, spare=True) for i, c in enumerate(halves, start=1)]
         return phases
 
-    def _fit(
-        self, phase: str, jobs: Sequence[Any], tokens: int, saved: Any, stopped: Sequence[str] = ()
-    ) -> None:
+    def _fit(self, phase: str, jobs: Sequence[Any], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
         """Train one phase; `saved` is a checkpoint of this phase to go on from."""
         logs = Logs({job_name(j): self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step)
         began = time.monotonic()

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,38 @@ FREE = {("training", "device"), ("training", "checkpoint_steps"), ("training", "
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Hold the folder for this process; `UserError` where another process has it or it cannot be made."""
+    """Hold the folder for this process; `UserError` where another process has it or it cannot be made.
+
+    Where no run was begun (bad input found later), nothing of ours is left behind.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:
+        if not _lock(lock):
+            raise UserError(f"--out {out}: another process is writing there; wait for it or choose another")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {out}: another process is writing there; wait for it or choose another") from None
-        yield
+            yield
+        finally:
+            if not (out / "config.yaml").exists():
+                (out / ".lock").unlink()
+                with suppress(OSError):  # whatever else is in there is not ours
+                    for folder in made:
+                        folder.rmdir()
     finally:
         os.close(lock)
-        # A folder that we made and left empty (bad input found later) is not left behind.
-        if [p.name for p in out.iterdir()] == [".lock"]:
-            (out / ".lock").unlink()
-            out.rmdir()
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file; False where another process has it, or has just removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return os.fstat(file).st_nlink > 0
 
 
 def require_same(out: Path, config: RunConfig) -> bool:
@@ -97,9 +111,9 @@ def write_config(folder: Path, config: RunConfig, sites: dict[int, dict[str, Any
 
 def _commit() -> str | None:
     """The commit of the checkout that qkscope runs from; None for an installed wheel."""
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs
 from ..config import DictionaryConfig
 from ..decomposition import Decomposition
 from ..dictionary import SparseTranscoder
-from ..pairs.pair_map import Pairs
+from ..pairs.pair_map import Pairs, rows, with_bias
+from ..pattern import AttentionInputs
 from ..training.objective import PatternTarget
 from ..training.start import SideStatistics, label_seed, side_statistics, start
 
@@ -112,7 +112,9 @@ def shuffled_pairs(dec: Decomposition) -> tuple[Pairs, Tensor]:
     unique, place = code.unique(return_inverse=True)
     strength = dec.strength_P.new_zeros(len(unique)).index_add(0, place, dec.strength_P)
     rest = unique // (p.n_key + 1)
-    pairs = Pairs(rest % (p.n_query + 1), unique % (p.n_key + 1), rest // (p.n_query + 1), p.n_query, p.n_key, p.n_heads)
+    pairs = Pairs(
+        rest % (p.n_query + 1), unique % (p.n_key + 1), rest // (p.n_query + 1), p.n_query, p.n_key, p.n_heads
+    )
     return pairs, strength
 
 
@@ -122,8 +124,6 @@ def explicit_scores(dec: Decomposition, inputs: AttentionInputs, head: int) -> T
     Slow; it checks that the map leaves nothing out.
     """
     target = PatternTarget(inputs)
-    from ..pairs.pair_map import rows, with_bias
-
     acts_q, acts_k = (with_bias(side.encode(inputs.x_BTD.float())) for side in (dec.query, dec.key))
     left, right = rows(dec.query, dec.shape.N)[:, head], rows(dec.key, dec.shape.G)
     right = right[:, head * dec.shape.G // dec.shape.N]

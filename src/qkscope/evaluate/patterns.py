@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs
 from ..kernels.row_kl import exp
+from ..pattern import AttentionInputs
 from .figures import Ratio
 
 
@@ -87,13 +87,14 @@ class MeanPattern:
 
     def __init__(self, sample: list[AttentionInputs]) -> None:
         length = max(inputs.x_BTD.shape[1] for inputs in sample)
-        first = sample[0].log_pattern_BNQK
-        self.sink = first.shape[-1] > sample[0].x_BTD.shape[1]
-        total = torch.zeros(first.shape[1], length, length + self.sink, device=first.device)
-        count = torch.zeros(length, device=first.device)
+        first = sample[0]
+        self.sink = first.rule.sink_N is not None
+        device = first.x_BTD.device
+        total = torch.zeros(first.q_BTNH.shape[2], length, length + self.sink, device=device)
+        count = torch.zeros(length, device=device)
         for inputs in sample:
             t = inputs.x_BTD.shape[1]
-            pattern = exp(inputs.log_pattern_BNQK) * inputs.real_BT[:, None, :, None]
+            pattern = exp(inputs.rule.log_pattern(inputs.q_BTNH, inputs.k_BTGH)) * inputs.real_BT[:, None, :, None]
             total[:, :t, :t] += pattern[..., :t].sum(0)
             if self.sink:
                 total[:, :t, -1] += pattern[..., -1].sum(0)
@@ -103,7 +104,7 @@ class MeanPattern:
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         """The mean pattern for this batch, [B, N, Q, K]; uniform at positions that the sample never reached."""
-        batch, t = inputs.x_BTD.shape[:2]
+        t = inputs.x_BTD.shape[1]
         out = exp(uniform_log_pattern(inputs))
         reach = min(t, len(self.known))
         known = self.known[:reach]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs, AttentionSite, PatternSource, harvest
+from ..attention import AttentionInputs, AttentionSite, PatternSource
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
 from ..explain.examples import Examples
 from ..kernels.row_kl import exp
-from ..pairs.pair_map import Pairs, pair_scores, with_bias
+from ..pairs.pair_map import Pairs, pair_scores, rows, with_bias
+from ..training.loop import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
 from .patched import PatchedScore, zero_pattern
@@ -106,7 +107,7 @@ def measure(
     tokens = sequences = 0
     check: float | None = None
     for batch in heldout:
-        inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
+        inputs = harvest_finite(site, batch)
         acts = {s: t.encode(inputs.x_BTD.float()) for s, t in zip(SIDES, (dec.query, dec.key), strict=True)}
         for side in SIDES:
             activity[side].add(acts[side], batch.real_BT)
@@ -125,7 +126,7 @@ def measure(
                 "transcoders": dec.pattern_source("all"),
                 "map_pruned": dec.pattern_source("kept"),
                 "zero": zero_pattern,
-                "uniform": lambda i: exp(uniform_log_pattern(i)),
+                "uniform": lambda inputs: exp(uniform_log_pattern(inputs)),
                 "mean": mean,
             }
             if step1 is not None:
@@ -174,8 +175,6 @@ def _strongest(dec: Decomposition, share: float) -> tuple[Pairs, Tensor]:
 
 def _map_all(dec: Decomposition, inputs: AttentionInputs, acts: dict[str, Tensor]) -> Tensor:
     """The pattern with every pair kept, biases included as features: by the map's rows rather than by `decode`."""
-    from ..pairs.pair_map import rows
-
     q = torch.einsum("btf,fnh->btnh", with_bias(acts["query"]), rows(dec.query, dec.shape.N))
     k = torch.einsum("btf,fgh->btgh", with_bias(acts["key"]), rows(dec.key, dec.shape.G))
     return inputs.rule.log_pattern(q, k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from typing import Any
 import torch
 
 from ..attention import AttentionInputs, AttentionSite, harvest, open_sites
+from ..config import build
 from ..data import Sequences
 from ..data.documents import Split
-from ..decomposition import Decomposition, load_transcoders
-from ..explain.examples import Examples
+from ..decomposition import Decomposition, load_transcoders, read_run
+from ..errors import UserError
+from ..explain.examples import Examples, token_texts
 from ..files import write_json
 from ..kernels.row_kl import exp
 from ..models import load_model
 from ..progress import Reporter
-from ..run_folder import layer_folder
+from ..run_folder import layer_folder, variants
+from ..training.loop import harvest_finite
 from .page import write_page
 from .report import measure
 
@@ -29,13 +33,8 @@ SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
 
 def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
     """Measure every layer of a finished run again and write its report anew."""
-    from ..config import build
-    from ..decomposition import read_run
-
     values = read_run(folder)
     config = build(values["run"], str(folder / "config.yaml"))
-    from ..run_folder import variants
-
     with Reporter(quiet) as reporter:
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
         sites = open_sites(model, tokenizer, sorted(set(config.layers)))
@@ -78,25 +77,24 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         )  # fmt: skip
 
     began = time.monotonic()
-    sample = [
-        harvest([site], b.tokens_BT, b.real_BT)[0] for b in (b.to(device) for b in text("train", SAMPLE_TOKENS))
-    ]
+    sample = [harvest_finite(site, batch.to(device)) for batch in text("train", SAMPLE_TOKENS)]
     examples = Examples(dec, config.evaluation.examples)
     step1 = None
     if (target / "step1.safetensors").exists():
         sides = load_transcoders(target / "step1.safetensors", config, dec.shape)
         step1 = replace(dec, query=sides[0].to(device), key=sides[1].to(device))
     heldout = (b.to(device) for b in text("heldout", config.evaluation.tokens))
-    report = measure(
-        dec, site, heldout, sample, examples, step1=step1, controls=config.evaluation.controls
-    )
+    report = measure(dec, site, heldout, sample, examples, step1=step1, controls=config.evaluation.controls)
     report["tokens"]["trained"] = config.training.tokens
     report |= {
         "model": config.model,
         "recipe": config.dictionary.recipe,
         "pairs_method": config.pairs.method,
     }
-    seconds = notes or (dec.report.get("seconds", {}) if again else {})
+    seconds = notes
+    if again:
+        with suppress(UserError):  # it may be what is missing
+            seconds = dec.report.get("seconds", {})
     report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
     examples.write(target, site.tokenizer)
     first = next(iter(text("heldout", 1))).to(device)
@@ -116,6 +114,6 @@ def _shown_patterns(dec: Decomposition, site: AttentionSite, batch: Any) -> dict
         {"head": n, **{name: [[round(v, 4) for v in row] for row in p[n].tolist()] for name, p in patterns.items()}}
         for n in range(dec.shape.N)
     ]
-    return {"tokens": [site.tokenizer.decode([t]) for t in tokens[0].tolist()], "heads": heads}
-
-
+    ids = tokens[0].tolist()
+    texts = token_texts(site.tokenizer, ids)
+    return {"tokens": [texts[t] for t in ids], "heads": heads}

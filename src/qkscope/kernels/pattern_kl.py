@@ -4,9 +4,9 @@ For each (sequence, head): scores = q kᵀ, soft cap, mask, sink, softmax; then
 
     loss = Σ_rows w_r · KL(P_r ‖ P̂_r)        ∂loss/∂score_rj = w_r · (P̂_rj - P_rj) · cap'(score_rj)
 
-The loss is a weighted sum of rows, so its gradients in q and k are finished while a block is still in the cache, and the
-backward pass is one multiplication. On a CPU a block is one head of one sequence: at 256 positions its scores take
-256 KB, and every pass over them stays in the second-level cache. Always float32.
+The loss is a weighted sum of rows, so its gradients in q and k are finished while a block is still in the cache, and
+the backward pass is one multiplication. On a CPU a block is a few heads of a sequence: at 256 positions four of them
+take 1 MB, and every pass over them stays in the second-level cache. Always float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .row_kl import LOG2_E
 
-CPU_BLOCK = 1 << 16  # scores in one block: 256 KB
+CPU_BLOCK = 1 << 18  # scores in one block: 1 MB
 GPU_BLOCK = 1 << 26
 
 
@@ -94,7 +94,7 @@ def pattern_kl(
         visible_BQK: bool [B or 1, Q, K], the keys that a query may see.
         weight_BQ: weight of each query row, the same for all heads.
     """
-    batch, length, n_heads, _ = q_BTNH.shape
+    batch, _, n_heads, _ = q_BTNH.shape
     q = q_BTNH.transpose(1, 2).flatten(0, 1).contiguous()
     k = k_BTGH.transpose(1, 2).repeat_interleave(n_heads // k_BTGH.shape[2], dim=1).flatten(0, 1).contiguous()
     mask = q.new_zeros(visible_BQK.shape).masked_fill_(~visible_BQK, -torch.inf)

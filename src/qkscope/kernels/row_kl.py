@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 LOG2_E = math.log2(math.e)
 
 
@@ -39,7 +38,7 @@ class _RowKL(torch.autograd.Function):
 
 
 def row_kl(scores: Tensor, pattern: Tensor, entropy: Tensor) -> Tensor:
-    """KL of each row in nats, [...]: scores [..., K] (-inf where masked), pattern [..., K], its entropy [...]; float32."""
+    """KL of each row in nats, [...], of scores [..., K] (-inf where masked) from patterns [..., K], entropy [...]."""
     return _RowKL.apply(scores, pattern, entropy)  # type: ignore[return-value]
 
 

@@ -1,6 +1,6 @@
 """Importance: how many nats of pattern KL a pair is worth, for every pair, with no training.
 
-Taking a pair out changes score row i by δ_ij, which to second order costs ½·Var_{j∼P_i}(δ_ij). Averaged over query rows:
+Taking a pair out changes score row i by δ_ij, which to second order costs ½·Var_{j∼P_i}(δ_ij). Averaged over rows:
 
     I[a,b,h] = ½ · scale² · E_i[ a_q[i,a]² · Var_{j∼P_i}( M[a,b,h](i-j) · a_k[j,b] ) ]
 
@@ -14,18 +14,19 @@ Shapes as in pair_map.py; a batch's tokens are its unpadded ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs
 from ..dictionary import SparseTranscoder
-from ..training.objective import PatternTarget
+from ..kernels.row_kl import exp
+from ..pattern import AttentionInputs
 from ..training.start import slopes
 from .pair_map import Pairs, rows, with_bias
 
+KEPT_ELEMENTS = 1 << 27  # activations of a sample that stay in memory while its heads go by: 512 MB
 BLOCK_ELEMENTS = 1 << 26  # elements of one [query features, key features] block: 256 MB in float32
 MOMENT_ELEMENTS = 1 << 24  # elements of the moments of one sequence with a rotary embedding
 EXACT_WIDTH = 16  # heads up to this wide: exact second moments, (H+1)/2 times the cost of the mean
@@ -34,43 +35,63 @@ PROBES = 4  # random signs for wider heads, each the cost of the mean
 
 @dataclass
 class Seen:
-    """One batch as the pair map sees it."""
+    """One batch as the pair map sees it; activations carry the bias feature, and are zero at padding."""
 
-    target: PatternTarget
+    inputs: AttentionInputs
     acts_q_BTF: Tensor
     acts_k_BTF: Tensor
 
-    def pattern(self, head: int) -> Tensor:
-        """True pattern of one head without the sink's column, [B, Q, K]; zero in padded rows."""
-        length = self.acts_q_BTF.shape[1]
-        return self.target.pattern_BNQK[:, head, :, :length] * self.target.real_BT[..., None]
+    @property
+    def n_tokens(self) -> int:
+        return int(self.inputs.real_BT.sum())
+
+    def weights(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """P, P·f' and P·f'² of one head, [B, Q, K]: P the true pattern (no sink column), f' the slope of the cap."""
+        one = self.inputs.one_head(head)
+        length = one.x_BTD.shape[1]
+        pattern = exp(one.rule.log_pattern(one.q_BTNH, one.k_BTGH))[:, 0, :, :length] * one.real_BT[..., None]
+        slope = slopes(one.rule, one)
+        if slope is None:
+            return pattern, pattern, pattern
+        return pattern, pattern * slope[:, 0], pattern * slope[:, 0].square()
 
 
 @torch.no_grad()
 def see(inputs: AttentionInputs, query: SparseTranscoder, key: SparseTranscoder) -> Seen:
-    """Encode one batch; activations carry the bias feature, and are zero at padding."""
-    target = PatternTarget(inputs)
-    acts_q, acts_k = (target.unpack(with_bias(side.encode(target.x_nD))) for side in (query, key))
-    return Seen(target, acts_q, acts_k)
+    """Encode one batch, with the dictionaries as they are at inference."""
+    real = inputs.real_BT[..., None]
+    acts = [with_bias(side.eval().encode(inputs.x_BTD.float())) * real for side in (query, key)]
+    return Seen(inputs, *acts)
 
 
-def seen(sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder) -> Iterator[Seen]:
-    query.eval()
-    key.eval()
-    for inputs in sample:
-        yield see(inputs, query, key)
+def seen(sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder) -> Iterable[Seen]:
+    """The batches of a sample, encoded; kept where they are small, made anew at each turn where they are not."""
+    elements = sum(inputs.real_BT.numel() for inputs in sample) * (query.width + key.width)
+    if elements <= KEPT_ELEMENTS:
+        return [see(inputs, query, key) for inputs in sample]
+    return _Again(sample, query, key)
+
+
+@dataclass
+class _Again:
+    sample: Sequence[AttentionInputs]
+    query: SparseTranscoder
+    key: SparseTranscoder
+
+    def __iter__(self) -> Iterator[Seen]:
+        return (see(inputs, self.query, self.key) for inputs in self.sample)
 
 
 @torch.no_grad()
 def rank_pairs(
     sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder, most: int
 ) -> tuple[Pairs, Tensor]:
-    """The `most` pairs of greatest importance and their importance [P] in nats; features that never fire are left out."""
+    """The `most` most important pairs and their importance [P] in nats; features that never fire are left out."""
     n_heads = sample[0].q_BTNH.shape[2]
     best = _Best(most, query.W_dec.device)
     for head, queries, keys, worth in importance_blocks(sample, query, key):
         best.add(worth, queries, keys, head)
-    pairs, order = Pairs.sorted(*best.index, query.width, key.width, n_heads)
+    pairs, order = Pairs.sorted(best.index[0], best.index[1], best.index[2], query.width, key.width, n_heads)
     return pairs, best.worth[order]
 
 
@@ -97,7 +118,8 @@ def importance_blocks(
     rule = sample[0].rule
     n_heads, n_groups = sample[0].q_BTNH.shape[2], sample[0].k_BTGH.shape[2]
     rows_q, rows_k = rows(query, n_heads), rows(key, n_groups)
-    queries, keys = firing_features(sample, query, key)
+    items = seen(sample, query, key)
+    queries, keys = _firing(items)
     add = _add_plain if rule.rotary is None else _add_rotary
     for head in range(n_heads):
         right = rows_k[keys, head * n_groups // n_heads]
@@ -105,8 +127,8 @@ def importance_blocks(
             left = rows_q[part, head]
             moment = torch.zeros(len(part), len(keys), device=rows_q.device)
             count = 0
-            for item in seen(sample, query, key):
-                count += item.target.n_tokens
+            for item in items:
+                count += item.n_tokens
                 add(moment, item, head, part, keys, left, right)
             worth = moment * (0.5 * rule.scaling**2 / count)
             if rule.rotary is None and rule.shift_free:  # a constant along the row cancels in the softmax
@@ -136,29 +158,21 @@ class _Best:
 def firing_features(
     sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the features that fire on the sample, bias included."""
-    on_q = torch.zeros(query.width + 1, dtype=torch.bool, device=query.W_dec.device)
-    on_k = torch.zeros(key.width + 1, dtype=torch.bool, device=query.W_dec.device)
-    for item in seen(sample, query, key):
-        on_q |= (item.acts_q_BTF > 0).flatten(0, 1).any(0)
-        on_k |= (item.acts_k_BTF > 0).flatten(0, 1).any(0)
-    return on_q.nonzero()[:, 0], on_k.nonzero()[:, 0]
+    """Indices of the query and of the key features that fire on the sample, bias included."""
+    return _firing(seen(sample, query, key))
 
 
-def _weights(item: Seen, head: int) -> tuple[Tensor, Tensor]:
-    """P·f' and P·f'² of one head, with f' the slope of the soft cap, [B, Q, K]."""
-    pattern = item.pattern(head)
-    slope = slopes(item.target.rule, item.target.inputs)
-    if slope is None:
-        return pattern, pattern
-    return pattern * slope[:, head], pattern * slope[:, head].square()
+def _firing(items: Iterable[Seen]) -> tuple[Tensor, Tensor]:
+    fired = [((i.acts_q_BTF > 0).flatten(0, 1).any(0), (i.acts_k_BTF > 0).flatten(0, 1).any(0)) for i in items]
+    queries, keys = (torch.stack(side).any(0).nonzero()[:, 0] for side in zip(*fired, strict=True))
+    return queries, keys
 
 
 def _add_plain(
     moment: Tensor, item: Seen, head: int, queries: Tensor, keys: Tensor, left: Tensor, right: Tensor
 ) -> None:
     """Add M² Σ_i a_q² Var(a_k): one product, since M does not depend on the position."""
-    first, second = _weights(item, head)
+    _, first, second = item.weights(head)
     acts = item.acts_k_BTF[..., keys]
     variance = second @ acts.square() - (first @ acts).square()
     squares = item.acts_q_BTF[..., queries].square().flatten(0, 1).T
@@ -175,9 +189,9 @@ def _add_rotary(
     the mean taken off inside it never negative). Both sum over keys first, by matrix products, for all key features;
     then over the few active features of each query.
     """
-    rotary = item.target.rule.rotary
+    rotary = item.inputs.rule.rotary
     assert rotary is not None
-    first, second = _weights(item, head)
+    pattern, first, second = item.weights(head)
     width = left.shape[1]
     for b in range(len(first)):
         table = rotary.of_sequence(b, first.shape[1])
@@ -191,7 +205,7 @@ def _add_rotary(
             if width <= EXACT_WIDTH:
                 variance = _exact_variance(second[b], keys_KCH, mean, turned_q)
             else:
-                variance = _probed_variance(second[b], first[b], keys_KCH, mean, turned_q, seed=head)
+                variance = _probed_variance(second[b], pattern[b], keys_KCH, mean, turned_q, seed=head)
             sums = variance.new_zeros(len(left), len(part)).index_add(0, active_Tm.flatten(), variance.flatten(0, 1))
             moment[:, part] += sums
 
@@ -205,7 +219,7 @@ def _active_lists(acts_TF: Tensor) -> tuple[Tensor, Tensor]:
 
 def _exact_variance(weights_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor) -> Tensor:
     """Variance for each active query feature of each query and each key feature, [Q, m, C]."""
-    n_keys, n_columns, width = keys_KCH.shape
+    _, n_columns, width = keys_KCH.shape
     products = (keys_KCH[..., :, None] * keys_KCH[..., None, :]).flatten(1)
     second = (weights_QK @ products).view(-1, n_columns, width * width)
     square = (q_QmH[..., :, None] * q_QmH[..., None, :]).flatten(2) @ second.transpose(1, 2)
@@ -213,17 +227,17 @@ def _exact_variance(weights_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_Qm
 
 
 def _probed_variance(
-    second_QK: Tensor, first_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor, seed: int
+    second_QK: Tensor, pattern_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor, seed: int
 ) -> Tensor:
-    """An unbiased estimate of the same, from random signs of the keys."""
+    """An unbiased estimate of the same, from random signs of the outcomes: the keys, and what a sink takes."""
     generator = torch.Generator().manual_seed(seed)
-    root = second_QK.sqrt()
+    sink = (1 - pattern_QK.sum(1, keepdim=True)).clamp(min=0)
+    root, root_mass = second_QK.sqrt(), torch.cat([pattern_QK, sink], 1).sqrt()
     total = q_QmH.new_zeros(*q_QmH.shape[:2], keys_KCH.shape[1])
     for _ in range(PROBES):
-        signs = (torch.randint(2, root.shape, generator=generator).to(root) * 2 - 1) * root
-        # The slope of a soft cap scales each score's share; with it, √(P·f'²)·f'⁻¹ = √P weighs the mean.
-        weight = torch.where(root > 0, signs * first_QK / second_QK.clamp(min=1e-30), 0.0).sum(1)
-        centred = (signs @ keys_KCH.flatten(1)).view_as(mean_QCH) - weight[:, None, None] * mean_QCH
+        signs = torch.randint(2, root_mass.shape, generator=generator).to(root) * 2 - 1
+        # E[(Σ g √(P f'²) k - Σ g √P · mean)²] = Σ P f'² k² - mean², f' the slope of a soft cap, f' k = 0 at a sink.
+        centred = ((signs[:, :-1] * root) @ keys_KCH.flatten(1)).view_as(mean_QCH)
+        centred -= (signs * root_mass).sum(1)[:, None, None] * mean_QCH
         total += (q_QmH @ centred.transpose(1, 2)).square()
     return total / PROBES
-

@@ -27,7 +27,7 @@ def require_memory(n_query: int, n_key: int, n_heads: int, device: torch.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if need > free:
         raise UserError(
-            f"--pairs.method mask: a mask of {n_query} × {n_key} × {n_heads} takes {need / 2**30:.1f} GiB to train and "
+            f"--pairs.method mask: a mask of {n_query} x {n_key} x {n_heads} takes {need / 2**30:.1f} GiB to train and "
             f"{free / 2**30:.1f} GiB are free; use --pairs.method tune, which needs no dense tensor"
         )
 

@@ -20,9 +20,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..attention import PatternRule
 from ..dictionary import SparseTranscoder
 from ..kernels.sparse_linear import SparseLayout, compressed, sparse_linear
+from ..pattern import PatternRule
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Pairs:
     def take(self, index: Tensor) -> Pairs:
         """These of the pairs, in their own order: `index` is sorted first."""
         index = index.sort().values
-        return Pairs(
-            self.query_P[index], self.key_P[index], self.head_P[index], self.n_query, self.n_key, self.n_heads
-        )
+        return Pairs(self.query_P[index], self.key_P[index], self.head_P[index], self.n_query, self.n_key, self.n_heads)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -140,7 +138,9 @@ def pair_scores(
             scores.append(acts_q_BTF.new_zeros(batch, length, length))
             continue
         if rule.rotary is None:
-            y = sparse_linear(flat_Fn, strength_P[here] * rule.scaling, pairs.layout(head, 1), active).T.unflatten(0, (batch, length))
+            y = sparse_linear(flat_Fn, strength_P[here] * rule.scaling, pairs.layout(head, 1), active).T.unflatten(
+                0, (batch, length)
+            )
         else:
             group = head * rows_k.shape[1] // pairs.n_heads
             width = rows_q.shape[-1]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs
+from ..pattern import AttentionInputs
 from ..training.objective import PatternTarget
 from .tune import MapJob
 
@@ -59,5 +59,3 @@ def ladder(first: float, count: int, stages: int) -> list[int]:
     if stages == 1:
         return [count]
     return [round(count * first ** (1 - i / (stages - 1))) for i in range(stages)]
-
-

@@ -1,8 +1,8 @@
 """Step 2's jobs: train what is kept, through the sparse map, on the pattern's KL.
 
 `refit` trains one factor a pair and nothing else. `tune` trains the dictionaries too, so that features arrange
-themselves to need few pairs; between its stages the map is pruned by importance. In both a pair's strength is its factor
-times what its decoder rows give, so Adam's steps are relative to each pair's own size.
+themselves to need few pairs; between its stages the map is pruned by importance. In both a pair's strength is its
+factor times what its decoder rows give, so Adam's steps are relative to each pair's own size.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention import PatternRule
 from ..dictionary import SparseTranscoder
+from ..pattern import PatternRule
 from ..training.objective import PatternTarget
 from .pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
 
@@ -57,9 +57,7 @@ class MapJob(nn.Module):
     def pairs(self) -> Pairs:
         """The kept pairs; rebuilt when a checkpoint or a pruning has changed them."""
         if self._pairs is None or self._pairs.query_P is not self.query_P:
-            self._pairs = Pairs(
-                self.query_P, self.key_P, self.head_P, self.query.width, self.key.width, self.n_heads
-            )
+            self._pairs = Pairs(self.query_P, self.key_P, self.head_P, self.query.width, self.key.width, self.n_heads)
         return self._pairs
 
     def parameter_groups(self) -> list[dict]:

@@ -157,14 +157,22 @@ def _update(
     return {"loss": loss.detach(), **log}
 
 
-def require_finite(inputs: AttentionInputs, layer: int, batch: Batch, step: int) -> None:
+def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
+    """What one layer saw on a batch, outside of training; `UserError` where that is not finite."""
+    inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
+    require_finite(inputs, site.layer, batch)
+    return inputs
+
+
+def require_finite(inputs: AttentionInputs, layer: int, batch: Batch, step: int | None = None) -> None:
     """Raise `UserError` that says where, unless everything harvested is finite."""
+    when = "" if step is None else f"at step {step}, "
     for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
         bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
         if bool(bad.any()):
             b, t = bad.nonzero()[0].tolist()
             raise UserError(
-                f"layer {layer}: the model's attention {name} hold NaN or infinity at step {step}, document "
+                f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
                 f"{int(batch.document_B[b])}, position {int(batch.offset_B[b]) + t}; try --training.dtype float32 "
                 "(the last checkpoint is kept)"
             )

@@ -2,8 +2,8 @@
 
     loss = 3·KL(P ‖ P(q̂,k̂)) + KL(P ‖ P(q̂,k)) + KL(P ‖ P(q,k̂)) + sparsity
 
-Means are over sequences, heads and unpadded query positions. The half-true terms keep the two dictionaries from agreeing
-on an arbitrary rotation of head space.
+Means are over sequences, heads and unpadded query positions. The half-true terms keep the two dictionaries from
+agreeing on an arbitrary rotation of head space.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs
 from ..kernels.pattern_kl import pattern_kl
 from ..kernels.row_kl import exp, row_entropy, row_kl
+from ..pattern import AttentionInputs
 
 
 class PatternTarget:
@@ -24,7 +24,7 @@ class PatternTarget:
     def __init__(self, inputs: AttentionInputs) -> None:
         self.inputs = inputs
         self.rule = inputs.rule
-        log_pattern = inputs.log_pattern_BNQK
+        log_pattern = inputs.rule.log_pattern(inputs.q_BTNH, inputs.k_BTGH)
         self.pattern_BNQK = exp(log_pattern)
         self.entropy_BNQ = row_entropy(log_pattern)
         self.real_BT = inputs.real_BT

@@ -13,11 +13,11 @@ from ..config import DictionaryConfig
 RECIPES: dict[str, dict[str, Any]] = {
     "seed": {
         "activation": "relu",
-        "sparsity": 0.01,
+        "sparsity": 0.03,
         "start": "kaiming",
         "norm": "decoder",
         "aux": 0.0,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
     },
     "default": {
         "activation": "batchtopk",
@@ -25,12 +25,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "start": "projection",
         "norm": "score",
         "aux": 1 / 32,
-        "learning_rate": 4e-3,
+        "learning_rate": 8e-3,
     },
 }
 
 # What an activation needs when it is chosen against its recipe's own.
-ACTIVATION_SPARSITY = {"relu": 0.01, "jumprelu": 0.3}
+ACTIVATION_SPARSITY = {"relu": 0.03, "jumprelu": 0.3}
 
 
 def resolved(config: DictionaryConfig) -> DictionaryConfig:

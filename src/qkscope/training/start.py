@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs, PatternRule
 from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
+from ..kernels.row_kl import exp
+from ..pattern import AttentionInputs, PatternRule
 from .objective import PatternTarget
 
 
@@ -60,7 +61,7 @@ def score_metrics(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     column j, which costs ½·Σ_i P_ij(1-P_ij)·(scale·⟨q_i, e⟩)². Both are taken in the frame before the rotary embedding.
     """
     rule = inputs.rule
-    pattern = inputs.log_pattern_BNQK.exp()
+    pattern = exp(inputs.rule.log_pattern(inputs.q_BTNH, inputs.k_BTGH))
     slope = slopes(rule, inputs)
     n_query, n_key = inputs.q_BTNH.shape[2], inputs.k_BTGH.shape[2]
     metric_q = pattern.new_zeros(n_query, *[inputs.q_BTNH.shape[-1]] * 2)
@@ -116,8 +117,8 @@ def start(config: DictionaryConfig, side: str, statistics: SideStatistics, label
     generator = torch.Generator().manual_seed(label_seed(f"{label}/{side}", seed))
     with torch.no_grad():
         if config.start == "kaiming":
-            transcoder.W_enc.uniform_(-(6 / d_in) ** 0.5, (6 / d_in) ** 0.5, generator=generator)
-            transcoder.W_dec.uniform_(-(6 / width) ** 0.5, (6 / width) ** 0.5, generator=generator)
+            transcoder.W_enc.uniform_(-((6 / d_in) ** 0.5), (6 / d_in) ** 0.5, generator=generator)
+            transcoder.W_dec.uniform_(-((6 / width) ** 0.5), (6 / width) ** 0.5, generator=generator)
             transcoder.to(x.device)
         else:
             directions = torch.randn(d_in, width, generator=generator)

@@ -1,0 +1,290 @@
+"""The two recipes side by side on one layer, and the ways to prune the pair map, on held-out text.
+
+    python benchmarks/recipes.py --model DIR --source FILE.parquet --layer 2 --json out.json
+
+1. Step 1: `seed` at each sparsity given; then `default` with as many active features a side as each of them has on
+   held-out text (k and k_key apart). Same tokens, same order, same context.
+2. Pairs: from the dictionaries of the sparsest `seed` and its match, pattern KL at several pair counts by importance,
+   importance + refit, prune and tune, the trained mask, and mask + refit; every training sees the same tokens.
+
+Figures are means over held-out tokens with 95 % intervals over sequences; wall times are those of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkscope.attention import AttentionInputs, AttentionSite, harvest
+from qkscope.config import DataConfig, DictionaryConfig, RunConfig, TrainingConfig
+from qkscope.data import Sequences
+from qkscope.decomposition import Decomposition, SiteShape
+from qkscope.evaluate.patched import PatchedScore
+from qkscope.evaluate.patterns import PatternScore, uniform_log_pattern
+from qkscope.evaluate.report import Activity
+from qkscope.models import load_model
+from qkscope.pairs.importance import firing_features, pair_importance, rank_pairs
+from qkscope.pairs.mask import MaskJob
+from qkscope.pairs.pair_map import Pairs, rows, weight_strength
+from qkscope.pairs.selection import top
+from qkscope.pairs.tune import MapJob
+from qkscope.training.loop import Logs, train
+from qkscope.training.recipes import resolved
+from qkscope.training.start import side_statistics, start
+from qkscope.training.step1 import Step1Job
+
+
+class Bench:
+    """One layer of one model, its text, and what is trained on it."""
+
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.args, self.seed = args, seed
+        self.model, self.tokenizer = load_model(args.model)
+        self.site = AttentionSite(self.model, self.tokenizer, layer=args.layer)
+        self.data = DataConfig(source=args.source, context=args.context)
+        self.config = TrainingConfig(tokens=args.tokens, seed=seed, checkpoint_steps=10**9)
+        self.shape = SiteShape(**self.site.shape, rotary=self.site.layout is not None)
+        self.sample = [
+            harvest([self.site], b.tokens_BT, b.real_BT)[0] for b in self.text("train", repeat=True, most=8192)
+        ]
+        self.statistics = side_statistics(self.sample)
+        self.heldout = list(self.text("heldout", repeat=False, most=args.heldout))
+        self.folder = Path(tempfile.mkdtemp())
+
+    def text(self, split: Any, *, repeat: bool, most: int | None = None) -> Sequences:
+        return Sequences(
+            self.data, self.tokenizer, split, batch_tokens=2048, seed=self.seed, repeat=repeat, max_tokens=most
+        )
+
+    def fit(self, jobs: list[Any], tokens: int) -> float:
+        """Train jobs side by side; wall seconds."""
+        began = time.monotonic()
+        logs = Logs({f"{j.variant}|{j.layer}": self.folder / f"{j.variant}.jsonl" for j in jobs}, lambda line: None)
+        train(
+            "bench", jobs, [self.site], self.text("train", repeat=True), tokens, self.config,
+            saved=None, checkpoint_path=self.folder / "checkpoint.safetensors", logs=logs,
+        )  # fmt: skip
+        x = torch.cat([i.x_BTD[i.real_BT].float() for i in self.sample])
+        for job in jobs:
+            if not isinstance(job, MaskJob) and getattr(job, "dictionary_rate", 1) > 0:
+                job.query.calibrate(x)
+                job.key.calibrate(x)
+            job.eval()
+        return time.monotonic() - began
+
+    def step1(self, name: str, config: DictionaryConfig) -> Step1Job:
+        config = resolved(config)
+        sides = [start(config, s, self.statistics[s], name, self.seed) for s in ("query", "key")]
+        return Step1Job(self.args.layer, name, config, *sides)
+
+    def map_job(self, name: str, job: Any, pairs: Pairs, tuned: bool) -> MapJob:
+        """A sparse map on its own copy of a job's dictionaries."""
+        query, key = (copy_of(t, self.statistics[s].metric_NHH) for s, t in (("query", job.query), ("key", job.key)))
+        rate = 1e-3 if tuned else 0.0
+        return MapJob(self.args.layer, name, query, key, pairs, dictionary_rate=rate, strength_rate=1e-2)
+
+    @torch.no_grad()
+    def decomposition(self, job: Any) -> Decomposition:
+        """A job as a decomposition; a step 1 job has no pairs."""
+        if isinstance(job, MapJob):
+            pairs, strength = job.pairs, job.strengths(self.sample[0].rule)
+            weight = weight_strength(pairs, rows(job.query, self.shape.N), rows(job.key, self.shape.G))
+        else:
+            none = torch.zeros(0, dtype=torch.int64)
+            pairs = Pairs.of(none, none, none, job.query.width, job.key.width, self.shape.N)
+            strength = weight = torch.zeros(0)
+        return Decomposition(
+            self.args.layer,
+            self.shape,
+            job.query.eval(),
+            job.key.eval(),
+            pairs,
+            strength,
+            weight,
+            strength,
+            RunConfig(),
+        )
+
+    def inputs(self) -> list[AttentionInputs]:
+        return [harvest([self.site], b.tokens_BT, b.real_BT)[0] for b in self.heldout]
+
+    @torch.no_grad()
+    def judge(self, job: Any) -> dict[str, Any]:
+        """Held-out figures of a step 1 job (through q̂k̂) or of a map."""
+        dec = self.decomposition(job)
+        kept = isinstance(job, MapJob)
+        source = dec.log_pattern_kept if kept else dec.log_pattern_all
+        score, patched = PatternScore(), PatchedScore()
+        activity = {s: Activity() for s in ("query", "key")}
+        for batch, inputs in zip(self.heldout, self.inputs(), strict=True):
+            score.add(inputs, source(inputs))
+            patched.add(self.site, batch, {"patched": dec.pattern_source("kept" if kept else "all")})
+            for s, t in (("query", dec.query), ("key", dec.key)):
+                activity[s].add(t.encode(inputs.x_BTD.float()), batch.real_BT)
+        found = {s: a.report() for s, a in activity.items()}
+        return {
+            "pattern_kl": score.kl.figure(),
+            "ce_increase": patched._increase("patched"),
+            "logit_kl": patched.kl["patched"].figure(),
+            **{f"{k}_{s}": found[s][k] for k in ("l0", "dead", "dense", "live") for s in found},
+            **({"pairs": len(dec.pairs)} if kept else {}),
+        }
+
+    def uniform(self) -> dict[str, Any]:
+        score = PatternScore()
+        for inputs in self.inputs():
+            score.add(inputs, uniform_log_pattern(inputs))
+        return score.kl.figure()
+
+
+def copy_of(transcoder: Any, metric: torch.Tensor) -> Any:
+    """An independent copy of a dictionary, its metric included."""
+    other = type(transcoder)(*transcoder.W_enc.shape, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)
+    other.set_metric(None if transcoder.metric is None else metric)
+    other.load_state_dict(transcoder.state_dict())
+    return other
+
+
+def step1_table(bench: Bench, rows_out: list[dict[str, Any]]) -> dict[str, Step1Job]:
+    """Train `seed` at each sparsity, `default` at the L0 each reaches; print and collect."""
+    args = bench.args
+    seeds = {
+        f"seed λ={s:g}": bench.step1(
+            f"seed λ={s:g}",
+            DictionaryConfig(recipe="seed", width=args.width, sparsity=s, learning_rate=args.seed_rate),
+        )
+        for s in args.sparsity
+    }
+    took = bench.fit(list(seeds.values()), args.tokens)
+    jobs: dict[str, Step1Job] = dict(seeds)
+    matches: dict[str, DictionaryConfig] = {}
+    for name, job in seeds.items():
+        row = {"dictionaries": name, "seed": bench.seed, "seconds": took / len(seeds), **bench.judge(job)}
+        rows_out.append(row)
+        show(row)
+        for width in args.default_width:
+            label = f"default w={width} at {name}'s L0"
+            matches[label] = DictionaryConfig(
+                width=width, k=row["l0_query"]["mean"], k_key=row["l0_key"]["mean"]
+            )  # fmt: skip
+    defaults = {label: bench.step1(label.replace("/", ""), config) for label, config in matches.items()}
+    took = bench.fit(list(defaults.values()), args.tokens)
+    for name, job in defaults.items():
+        row = {"dictionaries": name, "seed": bench.seed, "seconds": took / len(defaults), **bench.judge(job)}
+        rows_out.append(row)
+        show(row)
+    return jobs | defaults
+
+
+def pair_table(bench: Bench, name: str, job: Step1Job, rows_out: list[dict[str, Any]]) -> None:
+    """Every way to prune one pair of dictionaries; print and collect."""
+    counts, tokens = sorted(bench.args.counts, reverse=True), bench.args.pair_tokens
+    began = time.monotonic()
+    ranked, importance = rank_pairs(bench.sample, job.query.eval(), job.key.eval(), max(counts[0] * 4, 50_000))
+    ranking = time.monotonic() - began
+    whole = bench.judge(job)
+
+    def note(method: str, made: MapJob, seconds: float) -> None:
+        row = {"dictionaries": name, "seed": bench.seed, "method": method, "seconds": seconds, **bench.judge(made)}
+        row["all_pairs_kl"] = whole["pattern_kl"]
+        rows_out.append(row)
+        show(row)
+
+    refits = []
+    for count in counts:
+        kept = ranked.take(top(importance, count))
+        note("importance", bench.map_job("importance", job, kept, tuned=False), ranking)
+        refits.append(bench.map_job(f"refit{count}", job, kept, tuned=False))
+    took = bench.fit(refits, tokens)
+    for made in refits:
+        note("importance + refit", made, ranking + took / len(refits))
+    tuned = bench.map_job("tune", job, ranked.take(top(importance, counts[0] * 2)), tuned=True)
+    spent = ranking + bench.fit([tuned], tokens)
+    for count in counts:
+        tuned.eval()
+        worth = pair_importance(tuned.pairs, bench.sample, tuned.query, tuned.key)
+        tuned.keep(top(worth * tuned.factor_P.detach().square(), count))
+        tuned.train()
+        spent += bench.fit([tuned], tokens)
+        note("prune and tune", tuned, spent)
+    live = firing_features(bench.sample, job.query, job.key)
+    masks = [
+        MaskJob(bench.args.layer, f"mask{s:g}", copy_of(job.query, bench.statistics["query"].metric_NHH),
+                copy_of(job.key, bench.statistics["key"].metric_NHH), live, bench.shape.N, sparsity=s, rate=1e-2)
+        for s in bench.args.mask_sparsity
+    ]  # fmt: skip
+    took = bench.fit(masks, tokens * bench.args.mask_times)
+    again = []
+    for mask in masks:
+        pairs, values = mask.kept()
+        made = bench.map_job("mask", job, pairs, tuned=False)
+        with torch.no_grad():
+            made.factor_P.copy_(values)
+        if len(pairs) > counts[0] * 2:  # cut to a comparable count by the importance of what the mask left
+            worth = pair_importance(pairs, bench.sample, job.query, job.key) * values.square()
+            made.keep(top(worth, counts[0]))
+        note(f"mask λ={mask.sparsity:g}", made, took / len(masks))
+        again.append(made)
+    spent = took / len(masks) + bench.fit(again, tokens) / len(again)
+    for mask, made in zip(masks, again, strict=True):
+        note(f"mask λ={mask.sparsity:g} + refit", made, spent)
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of a table."""
+    kl = row["pattern_kl"]
+    parts = [
+        f"{row['dictionaries']:<34}",
+        f"{row.get('method', 'all pairs (q̂k̂)'):<22}",
+        f"pairs {row['pairs']:>7,}" if "pairs" in row else " " * 13,
+        f"KL {kl['mean']:.4f} ±{kl['ci95'][1] - kl['mean']:.4f}",
+        f"ΔCE {row['ce_increase']['mean']:.4f}",
+        f"logit KL {row['logit_kl']['mean']:.4f}",
+        f"L0 {row['l0_query']['mean']:.1f}/{row['l0_key']['mean']:.1f}",
+        f"live {row['live_query']}/{row['live_key']}",
+        f"dead {row['dead_query']['mean']:.0%}/{row['dead_key']['mean']:.0%}",
+        f"{row['seconds']:.0f} s",
+    ]
+    print("  ".join(parts), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--layer", type=int, required=True)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--width", type=int, default=1200, help="of the seed recipe")
+    parser.add_argument("--default-width", type=int, nargs="+", default=[1200, 300])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.01, 0.03])
+    parser.add_argument("--seed-rate", type=float, default=None)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--heldout", type=int, default=40_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--pairs-of", nargs="*", default=[], help="names of dictionaries whose pairs are pruned")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 4000, 16_000])
+    parser.add_argument("--pair-tokens", type=int, default=200_000)
+    parser.add_argument("--mask-sparsity", type=float, nargs="+", default=[1e-6])
+    parser.add_argument("--mask-times", type=int, default=1, help="how many times the pair tokens the mask trains for")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    out: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "step1": [], "pairs": []}
+    for seed in args.seeds:
+        bench = Bench(args, seed)
+        out["uniform_kl"] = bench.uniform()
+        print(f"seed {seed}: uniform pattern {out['uniform_kl']['mean']:.3f} nats", flush=True)
+        jobs = step1_table(bench, out["step1"])
+        for name in jobs if args.pairs_of == ["all"] else args.pairs_of:
+            pair_table(bench, name, jobs[name], out["pairs"])
+        if args.json:
+            args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Runs small enough for a test: their options, the command line called as a person calls it, runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from texts import BOS, documents_of
+from tiny import tiny_model
+
+from qkscope.cli import main
+
+START_TOKENS = 300
+CHECK_TOKENS = 8
+OPTIONS: dict[str, Any] = {
+    "layers": (0, 1),
+    "data.context": 24,
+    "dictionary.width": 32,
+    "dictionary.k": 4,
+    "training.tokens": 1200,
+    "training.batch-tokens": 200,
+    "training.log-steps": 1,
+    "training.checkpoint-steps": 2,
+    "training.device": "cpu",
+    "pairs.count": 60,
+    "pairs.tokens": 1600,
+    "pairs.stages": 2,
+    "pairs.importance-tokens": 300,
+    "pairs.validation-tokens": 300,
+    "evaluation.tokens": 500,
+}
+ARTEFACT = ("dictionaries.safetensors", "pairs.parquet", "features.parquet", "examples.parquet")
+
+
+def argv(out: Path, model: Path, source: Path, changes: dict[str, Any] | None = None) -> list[str]:
+    """The words of `qkscope run` with the small options and some changed ones; None leaves an option out."""
+    options = {"model": model, "data.source": source, "out": out, **OPTIONS, **(changes or {})}
+    words = ["run"]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+class Said(NamedTuple):
+    """What a command did."""
+
+    status: int
+    out: str
+    lines: list[str]
+    """Of standard error."""
+
+    def complaint(self, *parts: str) -> str:
+        """The one line that a mistake ends in, with these parts; nothing but `loading` may stand before it."""
+        assert self.status == 2, self
+        lines = [line for line in self.lines if not line.startswith("loading ")]
+        assert len(lines) == 1 and lines[0].startswith("qkscope: "), self.lines
+        for part in parts:
+            assert part in lines[0], lines[0]
+        return lines[0]
+
+
+def call(words: list[str], capsys: pytest.CaptureFixture[str]) -> Said:
+    """Give a command in this process."""
+    capsys.readouterr()
+    status = 0
+    try:
+        main(words)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return Said(status, out, err.splitlines())
+
+
+def save_model(folder: Path, name: str, **changes: Any) -> Path:
+    """A tiny model and a tokenizer of one token a word, as a person would have saved them."""
+    tiny_model(name, **changes).save_pretrained(folder)
+    BOS.save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, n: int = 70, words: int = 40) -> Path:
+    pq.write_table(pa.table({"text": documents_of([words] * n), "number": range(n)}), path)
+    return path
+
+
+# Comparing runs
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def report_of(layer: Path) -> dict[str, Any]:
+    """A layer's report without the times."""
+    return {key: value for key, value in read_json(layer / "report.json").items() if key != "seconds"}
+
+
+def logged(layer: Path) -> list[tuple[str, int]]:
+    """Phase and step of each line of metrics.jsonl."""
+    lines = (layer / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(line["phase"], line["step"]) for line in map(json.loads, lines)]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def require_equal(one: Path, other: Path) -> None:
+    """Bit-equal artefacts, equal reports and the same logged steps, for two layers' folders."""
+    for name in ARTEFACT:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert report_of(one) == report_of(other)
+    assert logged(one) == logged(other)
+
+
+# Killing runs
+
+Moment = tuple[str, str, int]
+"""An audit event ("open" to append, "os.rename", "os.remove"), how its file's name ends, and the how-manieth such one."""
+
+
+def _die_at(moment: Moment) -> None:
+    wanted, ending, left = moment
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal left
+        if event != wanted or (event == "open" and args[1] != "a"):
+            return
+        if str(args[1 if event == "os.rename" else 0]).endswith(ending):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _child(words: list[str], moment: Moment | None) -> None:
+    from qkscope import pipeline
+    from qkscope.evaluate import report
+
+    torch.set_num_threads(1)
+    pipeline.START_TOKENS, report.CHECK_TOKENS = START_TOKENS, CHECK_TOKENS
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if moment is not None:
+        _die_at(moment)
+    main(words)
+
+
+_server = multiprocessing.get_context("forkserver")
+# Children are forked from it: no second import of torch.
+_server.set_forkserver_preload(["qkscope.pipeline", "transformers.models.gpt2.modeling_gpt2", "qkscope.data.hub"])
+
+
+def kill_at(moment: Moment, words: list[str]) -> None:
+    """Give a command in a process of its own, which is killed (SIGKILL) just before this moment."""
+    assert _exit_code(words, moment) == -signal.SIGKILL, f"{moment} never came"
+
+
+def in_another_process(words: list[str]) -> None:
+    """Give a command in a process of its own and let it finish."""
+    assert _exit_code(words, None) == 0
+
+
+def _exit_code(words: list[str], moment: Moment | None) -> int | None:
+    child = _server.Process(target=_child, args=(words, moment))
+    child.start()
+    child.join(120)
+    return child.exitcode
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A disk of that size mounted at the folder; skips where mounting is not allowed."""
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size={size} tmpfs {folder} 2>/dev/null"):
+        pytest.skip("no small disk: mounting needs root and its capabilities")
+    try:
+        yield
+    finally:
+        os.system(f"umount {folder}")

@@ -1,0 +1,183 @@
+"""A run that is killed at any moment goes on when the same command is given again, and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import Moment, in_another_process, kill_at, logged, report_of, require_equal, save_text, tree
+
+STEPS = 6  # of step 1 with the small options: two checkpoints before its end
+TUNE_STEPS = 4  # of each stage
+
+# Just before the nth time that a file so named is appended to, put in place, or removed.
+MOMENTS: dict[str, Moment] = {
+    "before the first file": ("os.rename", "config.yaml", 1),
+    "before the first checkpoint": ("open", "layer_1/metrics.jsonl", 2),
+    "while the first checkpoint is written": ("os.rename", "checkpoint.safetensors", 1),
+    "after a checkpoint": ("open", "layer_0/metrics.jsonl", 4),
+    "between the layers of a logged step": ("open", "layer_1/metrics.jsonl", 5),
+    "at the end of step 1": ("os.rename", "checkpoint.safetensors", 3),
+    "between the layers of step 1's dictionaries": ("os.rename", "layer_1/step1.safetensors", 1),
+    "in the first stage": ("open", "layer_1/metrics.jsonl", STEPS + 1),
+    "after a checkpoint of the first stage": ("open", "layer_0/metrics.jsonl", STEPS + 3),
+    "in the second stage": ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 2),
+    "after a checkpoint of the second stage": ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 4),
+    "between dictionaries and pairs": ("os.rename", "layer_0/pairs.parquet", 1),
+    "in the evaluation of the first layer": ("os.rename", "layer_0/features.parquet", 1),
+    "in the evaluation of the second layer": ("os.rename", "layer_1/report.json", 1),
+    "before the page": ("os.rename", "report.html", 1),
+    "at the very end": ("os.remove", "checkpoint.safetensors", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run that nothing disturbed; each is made once."""
+    made: dict[str, Path] = {}
+
+    def folder(words: Callable[..., list[str]], changes: dict[str, Any], model: str) -> Path:
+        key = f"{changes} {model}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
+            in_another_process(words(made[key], changes, model))
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture
+def killed(
+    words: Callable[..., list[str]], call: Callable, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> Callable[..., Path]:
+    """Kill a run at these moments in turn, let it go on, and compare it with an undisturbed one."""
+
+    def check(*moments: Moment, changes: dict[str, Any] | None = None, model: str = "gpt2", parts: str = "") -> Path:
+        out = tmp_path / "run"
+        command = words(out, changes or {}, model)
+        for moment in moments:
+            kill_at(moment, command)
+        said = call(command)
+        assert said.status == 0, said.lines
+        wanted = undisturbed(words, changes or {}, model)
+        assert {name.split("/")[-1] for name in tree(out)} == {name.split("/")[-1] for name in tree(wanted)}
+        for folder in wanted.rglob("layer_*"):
+            require_equal(folder, out / folder.relative_to(wanted))
+        return out
+
+    return check
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(killed: Callable[..., Path], moment: str) -> None:
+    out = killed(MOMENTS[moment])
+    phases = [("step1", n + 1) for n in range(STEPS)]
+    phases += [(f"tune{stage}", n + 1) for stage in (1, 2) for n in range(TUNE_STEPS)]
+    assert logged(out / "layer_0") == logged(out / "layer_1") == phases
+
+
+def test_killed_again_and_again(killed: Callable[..., Path]) -> None:
+    killed(
+        MOMENTS["before the first checkpoint"],
+        MOMENTS["while the first checkpoint is written"],
+        ("open", "layer_0/metrics.jsonl", 4),
+        ("open", "layer_1/metrics.jsonl", 2),
+        MOMENTS["between the layers of step 1's dictionaries"],
+        ("open", "layer_0/metrics.jsonl", 3),
+        ("open", "layer_0/metrics.jsonl", 1),
+        MOMENTS["between dictionaries and pairs"],
+        ("os.rename", "layer_0/report.json", 1),
+        MOMENTS["at the very end"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "moment"),
+    [
+        ({"pairs.method": "refit"}, "gpt2", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
+        ({"pairs.method": "mask"}, "gpt2", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
+        ({"pairs.method": "importance"}, "gpt2", ("os.rename", "layer_1/pairs.parquet", 1)),
+        ({"dictionary.recipe": "seed"}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
+        ({"dictionary.activation": "jumprelu", "dictionary.dead-after": 150}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
+        ({"dictionary.activation": "topk"}, "gpt2", ("open", "layer_0/metrics.jsonl", STEPS + 3)),
+        ({"training.dtype": "bfloat16"}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
+        # Under a bound, some layers stop at a stage and others go on.
+        ({"pairs.max-kl": 0.75, "pairs.count": 200}, "gpt2", ("open", "layer_1/metrics.jsonl", STEPS + 2 * TUNE_STEPS + 3)),
+    ],
+)  # fmt: skip
+def test_killed_with_another_method(
+    killed: Callable[..., Path], changes: dict[str, Any], model: str, moment: Moment
+) -> None:
+    killed(moment, changes=changes, model=model)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("os.rename", "run/config.yaml", 1),
+        ("os.rename", "seed/config.yaml", 1),
+        ("open", "default/layer_1/metrics.jsonl", 3),
+        ("os.rename", "seed/layer_0/step1.safetensors", 1),
+        ("os.rename", "seed/layer_0/report.json", 1),
+    ],
+)
+def test_killed_in_a_sweep(killed: Callable[..., Path], moment: Moment) -> None:
+    killed(moment, changes={"sweep.recipe": ("default", "seed")})
+
+
+def test_a_text_changed_in_between_is_refused(
+    words: Callable[..., list[str]], call: Callable, tmp_path: Path
+) -> None:
+    source = save_text(tmp_path / "text.parquet")
+    command = words(tmp_path / "run", {"data.source": source})
+    kill_at(MOMENTS["after a checkpoint"], command)
+    save_text(source, n=80)
+    before = tree(tmp_path / "run")
+    said = call(command)
+    assert said.status == 2 and "the checkpoint was made with" in said.lines[-1]
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_said(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:
+    command = words(tmp_path / "run")
+    kill_at(MOMENTS["after a checkpoint"], command)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    said = call(command)
+    assert said.status == 2 and said.lines[-1].startswith("qkscope: ") and f"{path} is damaged" in said.lines[-1]
+    assert len(said.lines) == 2
+
+
+def test_interrupted(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A real process: Ctrl-C is said in one line, and a SIGKILL from outside leaves something to go on from."""
+    command = words(tmp_path / "run", {"layers": 0, "training.tokens": 400_000})
+    program = [sys.executable, "-c", "from qkscope.cli import main; main()", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        stood = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == stood:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1].splitlines()
+        assert process.returncode == status
+        assert number != signal.SIGINT or said[-1] == "qkscope: interrupted; give the same command again to go on"
+    assert any(line.startswith("going on from step1, ") for line in said)
+    tensors = load_file(checkpoint)
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_report_of_ignores_times(killed: Callable[..., Path]) -> None:
+    """The comparison above is no empty one."""
+    out = killed()
+    assert {"l0", "pattern_kl", "pairs"} <= report_of(out / "layer_0").keys()

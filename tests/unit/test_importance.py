@@ -1,0 +1,252 @@
+"""Importance against a brute-force loop, against the KL it stands for, and the ranking it gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_pair_map import Sides, all_pairs, map_scores, pairs_of, rows_of, some_of, strengths_of
+from test_pattern_kl import (
+    LAYERS,
+    close,
+    slow_kl_rows,
+    slow_mean,
+    slow_pattern_of,
+    slow_scores,
+    some_inputs,
+    some_sides,
+    turn_matrix,
+)
+from torch import Tensor
+
+from qkscope.pattern import AttentionInputs
+from qkscope.pairs import importance as room
+from qkscope.pairs.importance import firing_features, importance_blocks, pair_importance, rank_pairs
+from qkscope.pairs.pair_map import with_bias
+
+
+def slow_importance(sample: list[AttentionInputs], sides: Sides) -> Tensor:
+    """½ E_i Var_j(δ_ij) of every pair, [N, Fq + 1, Fk + 1] in float64; the sink is an outcome with δ = 0."""
+    heads, groups = sample[0].q_BTNH.shape[2], sample[0].k_BTGH.shape[2]
+    left, right = (r.double() for r in rows_of(sample[0], sides))
+    out = torch.zeros(heads, len(left), len(right), dtype=torch.float64)
+    tokens = 0
+    for inputs in sample:
+        rule, (batch, length, _, width) = inputs.rule, inputs.q_BTNH.shape
+        scores = slow_scores(rule, inputs.q_BTNH, inputs.k_BTGH)
+        pattern = slow_pattern_of(rule, scores)
+        acts_q, acts_k = (with_bias(side.encode(inputs.x_BTD)).detach().double() for side in sides)
+        for b in range(batch):
+            turns = torch.stack([turn_matrix(rule.rotary, b, t, width) for t in range(length)])
+            for i in range(length):
+                if not inputs.real_BT[b, i]:
+                    continue
+                tokens += 1
+                for n in range(heads):
+                    keys = torch.einsum("jde,ce->jcd", turns, right[:, n // (heads // groups)])
+                    m = torch.einsum("ad,jcd->acj", left[:, n] @ turns[i].T, keys)
+                    delta = rule.scaling * acts_q[b, i][:, None, None] * m * acts_k[b].T[None]
+                    if rule.softcap is not None:
+                        delta = delta * (1 - (scores[b, n, i] / rule.softcap) ** 2)
+                    p = pattern[b, n, i, :length]
+                    out[n] += 0.5 * ((delta**2) @ p - (delta @ p) ** 2)
+    return out / tokens
+
+
+def dense_importance(sample: list[AttentionInputs], sides: Sides) -> Tensor:
+    """`importance_blocks` put together, [N, Fq + 1, Fk + 1]; zero where a feature never fires."""
+    out = torch.zeros(sample[0].q_BTNH.shape[2], sides[0].width + 1, sides[1].width + 1)
+    for head, queries, keys, worth in importance_blocks(sample, *sides):
+        assert worth.shape == (len(queries), len(keys))
+        assert not out[head, queries[:, None], keys].any()  # no block comes twice
+        out[head, queries[:, None], keys] = worth.detach()
+    return out
+
+
+def some_sample(name: str, seed: int = 41, **options: Any) -> tuple[list[AttentionInputs], Sides]:
+    """Two batches of unequal size of one layer, and dictionaries of which some features never fire."""
+    values = {"length": 6, **LAYERS[name], **options}
+    sample = [some_inputs(seed, **values), some_inputs(seed + 1, **{**values, "batch": 1, "length": values["length"] - 1})]
+    sample[1] = replace(sample[1], rule=replace(sample[1].rule, sink_N=sample[0].rule.sink_N))
+    sides = some_sides(sample[0], seed, widths=(6, 5), size=3.0)
+    sides[0].b_enc.data[2] = sides[1].b_enc.data[0] = -1e6
+    return sample, sides
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_importance_is_the_brute_force_loop(name: str) -> None:
+    sample, sides = some_sample(name)
+    found, wanted = dense_importance(sample, sides), slow_importance(sample, sides)
+    assert (wanted > 1e-4).float().mean() > 0.2
+    close(found, wanted)
+    if name == "causal":
+        assert not found[:, :, -1].any()  # the key bias shifts a whole row
+    if "rotary" in LAYERS[name] or "sink" in LAYERS[name] or "softcap" in LAYERS[name]:
+        assert found[:, :-1, -1].max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["half-split", "partial", "all"])
+def test_blocks_of_moments_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    sample, sides = some_sample(name)
+    whole = dense_importance(sample, sides)
+    monkeypatch.setattr(room, "MOMENT_ELEMENTS", 200)  # two key features at a time
+    monkeypatch.setattr(room, "BLOCK_ELEMENTS", 13)  # two query features at a time
+    close(dense_importance(sample, sides), whole, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["half-split", "all", "rotary-sink"])
+def test_probes_are_unbiased(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With many probes the estimate is the brute-force value, also where a sink takes part of the mass."""
+    monkeypatch.setitem(LAYERS, "rotary-sink", {"rotary": "half", "sink": True})
+    sample, sides = some_sample(name)
+    wanted = slow_importance(sample, sides)
+    monkeypatch.setattr(room, "EXACT_WIDTH", 0)
+    monkeypatch.setattr(room, "PROBES", 250)
+    found = dense_importance(sample, sides)
+    large = wanted > 0.02 * wanted.max()
+    ratio = found[large].double() / wanted[large]
+    assert large.sum() > 20
+    assert abs(float(ratio.mean()) - 1) < 0.05 and float((ratio - 1).abs().max()) < 0.4
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("softcap", [False, True])
+def test_probes_of_other_seeds_average_to_the_exact_variance(sink: bool, softcap: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    pattern = torch.rand(5, 7 + sink, generator=g)
+    pattern = (pattern / pattern.sum(1, keepdim=True))[:, :7]
+    slope = torch.rand(5, 7, generator=g) if softcap else torch.ones(5, 7)
+    first, second = pattern * slope, pattern * slope**2
+    keys, q = torch.randn(7, 3, 4, generator=g) + 1, torch.randn(5, 2, 4, generator=g)
+    mean = torch.einsum("qk,kch->qch", first, keys)
+    exact = room._exact_variance(second, keys, mean, q)
+    projected = torch.einsum("qmh,kch,qk->qmck", q, keys, slope)
+    by_hand = torch.einsum("qk,qmck->qmc", pattern, projected**2)
+    by_hand -= torch.einsum("qk,qmck->qmc", pattern, projected) ** 2
+    close(exact, by_hand)
+    probed = torch.stack([room._probed_variance(second, pattern, keys, mean, q, seed=s) for s in range(700)])
+    assert probed.min() >= 0
+    error = probed.std(0) / 700**0.5
+    assert float(((probed.mean(0) - exact) / error).abs().max()) < 4.5  # standard errors, at the worst of 30 places
+    assert float((probed.mean(0) - exact).sum().abs() / exact.sum()) < 0.03
+
+
+def test_probed_ranking_recalls_the_dense_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = [some_inputs(s, rotary="half", length=24, batch=8, d=12, width=8) for s in (1, 2)]
+    sides = some_sides(sample[0], widths=(40, 36), activation="batchtopk", k=5)
+    dense = slow_importance_by_product(sample, sides)
+    monkeypatch.setattr(room, "EXACT_WIDTH", 0)
+    for n in (100, 400, 1000):
+        pairs, _ = rank_pairs(sample, *sides, n)
+        best = dense.flatten().topk(n).indices
+        code = (pairs.head_P * 41 + pairs.query_P) * 37 + pairs.key_P
+        recall = float(torch.isin(best, code).float().mean())
+        assert recall >= 0.8, (n, recall)
+
+
+def slow_importance_by_product(sample: list[AttentionInputs], sides: Sides) -> Tensor:
+    """`slow_importance` for a layer without padding, cap and sink, by einsum over all positions at once."""
+    left, right = (r.double() for r in rows_of(sample[0], sides))
+    total, tokens = torch.zeros(left.shape[1], len(left), len(right), dtype=torch.float64), 0
+    for inputs in sample:
+        batch, length, heads, width = inputs.q_BTNH.shape
+        acts_q, acts_k = (with_bias(side.encode(inputs.x_BTD)).detach().double() for side in sides)
+        pattern = inputs.log_pattern_BNQK.exp().double()
+        for b in range(batch):
+            turns = torch.stack([turn_matrix(inputs.rule.rotary, b, t, width) for t in range(length)])
+            for n in range(heads):
+                q = torch.einsum("ide,ae->iad", turns, left[:, n]) * acts_q[b, :, :, None]
+                k = torch.einsum("jde,ce->jcd", turns, right[:, n * right.shape[1] // heads]) * acts_k[b, :, :, None]
+                for i in range(length):
+                    delta = inputs.rule.scaling * torch.einsum("ad,jcd->acj", q[i], k)
+                    total[n] += 0.5 * ((delta**2) @ pattern[b, n, i] - (delta @ pattern[b, n, i]) ** 2)
+        tokens += batch * length
+    return total / tokens
+
+
+# What it stands for ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_importance_is_the_kl_of_taking_a_weak_pair_out(name: str) -> None:
+    """Take ε of a pair's part out of the true scores: the pattern's KL is ε² of its importance, to second order."""
+    inputs = some_inputs(43, length=5, **LAYERS[name])
+    sides = some_sides(inputs, widths=(4, 3), size=3.0)
+    rule, bare = inputs.rule, replace(inputs.rule, softcap=None)
+    scores = slow_scores(bare, inputs.q_BTNH, inputs.k_BTGH)
+    true = slow_pattern_of(rule, rule.cap(scores))
+    worth = dense_importance([inputs], sides)
+    pairs = pairs_of(inputs, sides)
+    step, checked = 1e-4, 0
+    one_by_one = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:25]
+    for p in one_by_one.tolist():
+        one = pairs.take(torch.tensor([p]))
+        part = map_scores(replace(inputs, rule=bare), sides, one, strengths_of(inputs, sides, one)).double()
+        hat = slow_pattern_of(rule, rule.cap(scores - step * part))
+        heads = rule.sink_N.shape[0] if rule.sink_N is not None else true.shape[1]
+        kl = float(slow_mean(slow_kl_rows(true, hat), inputs.real_BT)) * heads / step**2  # mean over rows of its head
+        wanted = float(worth[int(one.head_P), int(one.query_P), int(one.key_P)])
+        assert kl == pytest.approx(wanted, rel=1e-2, abs=1e-5)
+        checked += wanted > 1e-3
+    assert checked > 5
+
+
+def test_importance_of_kept_pairs() -> None:
+    for name in ("causal", "padded", "half-split", "sink"):
+        sample, sides = some_sample(name)
+        pairs = some_of(pairs_of(sample[0], sides), 0.4, seed=2)
+        wanted = slow_importance(sample, sides)[pairs.head_P, pairs.query_P, pairs.key_P]
+        found = pair_importance(pairs, sample, *sides)
+        close(found, wanted)
+        dead = (pairs.query_P == 2) | (pairs.key_P == 0)
+        assert dead.any() and not found[dead].any()
+
+
+def test_rescaling_features_changes_no_importance() -> None:
+    sample, sides = some_sample("half-split")
+    before = dense_importance(sample, sides)
+    with torch.no_grad():
+        for side in sides:
+            factor = 2.0 ** torch.arange(-2, side.width - 2)
+            side.W_enc.mul_(factor)
+            side.b_enc.mul_(factor)
+            side.W_dec.div_(factor[:, None])
+    close(dense_importance(sample, sides), before, 1e-5)
+
+
+# The ranking -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1 << 26, 7, 20])
+@pytest.mark.parametrize("name", ["causal", "padded", "half-split", "all"])
+def test_ranking_is_the_dense_argsort(monkeypatch: pytest.MonkeyPatch, name: str, block: int) -> None:
+    sample, sides = some_sample(name)
+    dense = slow_importance(sample, sides)
+    monkeypatch.setattr(room, "BLOCK_ELEMENTS", block)
+    for most in (1, 17, 60, 10_000):
+        pairs, worth = rank_pairs(sample, *sides, most)
+        order = dense.flatten().argsort(descending=True)
+        wanted = order[dense.flatten()[order] > 1e-9][:most]
+        code = (pairs.head_P * (pairs.n_query + 1) + pairs.query_P) * (pairs.n_key + 1) + pairs.key_P
+        assert torch.equal(code, code.sort().values) and len(code.unique()) == len(code)
+        assert {*wanted.tolist()} <= {*code.tolist()} if most > 60 else sorted(wanted.tolist()) == code.tolist()
+        close(worth, dense.flatten()[code])
+        assert len(code) <= most
+
+
+def test_features_that_never_fire_are_left_out() -> None:
+    sample, sides = some_sample("padded")
+    hidden = ~sample[0].real_BT
+    sample[0].x_BTD[hidden] = 1e4  # what stands at padding makes no feature live
+    queries, keys = firing_features(sample, *sides)
+    on_q, on_k = (
+        torch.cat([side.encode(i.x_BTD[i.real_BT]) for i in sample]).gt(0).any(0).nonzero()[:, 0].tolist()
+        for side in sides
+    )
+    assert queries.tolist() == [*on_q, 6] and keys.tolist() == [*on_k, 5]
+    assert 2 not in on_q and 0 not in on_k
+    pairs, _ = rank_pairs(sample, *sides, 10_000)
+    assert not torch.isin(pairs.query_P, torch.tensor([2])).any() and not (pairs.key_P == 0).any()
+    assert len(pairs) < len(all_pairs(6, 5, 4))

@@ -1,0 +1,48 @@
+"""What a recipe fills in, and what it leaves to the person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qkscope.config import DictionaryConfig
+from qkscope.training.recipes import ACTIVATION_SPARSITY, RECIPES, resolved
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_empty_field_is_filled(recipe: Any) -> None:
+    empty = DictionaryConfig(recipe=recipe)
+    found = resolved(empty)
+    assert {name: getattr(found, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    assert all(getattr(empty, name) is None for name in RECIPES[recipe])  # these are what a recipe decides
+    sides_alike = {"width_key", "k_key"}
+    assert {n for n, v in found.model_dump().items() if v is None} == sides_alike
+    assert resolved(found) == found
+
+
+def test_the_seed_recipe_is_the_published_one() -> None:
+    seed = resolved(DictionaryConfig(recipe="seed"))
+    assert (seed.activation, seed.start, seed.norm, seed.aux) == ("relu", "kaiming", "decoder", 0)
+    assert seed.sparsity and seed.sparsity > 0
+
+
+def test_the_default_recipe_has_no_penalty_and_revives() -> None:
+    default = resolved(DictionaryConfig())
+    assert (default.activation, default.start, default.sparsity) == ("batchtopk", "projection", 0)
+    assert default.aux and default.aux > 0
+
+
+@pytest.mark.parametrize("values", [{"aux": 0.0}, {"sparsity": 0.0, "recipe": "seed"}, {"learning_rate": 1e-5}])
+def test_what_a_person_set_is_kept(values: dict[str, Any]) -> None:
+    found = resolved(DictionaryConfig(**values))
+    assert {name: getattr(found, name) for name in values} == values
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_an_activation_against_the_recipe_brings_its_own_sparsity(recipe: Any, activation: Any) -> None:
+    found = resolved(DictionaryConfig(recipe=recipe, activation=activation))
+    assert found.sparsity == ACTIVATION_SPARSITY.get(activation, 0.0)
+    assert bool(found.sparsity) is (activation in ("relu", "jumprelu"))  # the others have their L0 set exactly
+    assert resolved(DictionaryConfig(recipe=recipe, activation=activation, sparsity=0.5)).sparsity == 0.5

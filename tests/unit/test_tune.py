@@ -1,0 +1,153 @@
+"""Training through the sparse map: what learns, what stands still, and what pruning keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_objective import OFF
+from test_pair_map import map_scores, pairs_of, slow_map, some_of, strengths_of
+from test_pattern_kl import LAYERS, close, slow_kl, slow_kl_rows, slow_mean, slow_pattern_of, slow_scores
+from test_pattern_kl import some_inputs, some_sides
+from torch import Tensor
+
+from qkscope.pairs.tune import MapJob
+from qkscope.pattern import AttentionInputs
+from qkscope.training.objective import PatternTarget
+
+
+def some_job(
+    inputs: AttentionInputs, share: float = 1.0, tuned: bool = False, activation: Any = "batchtopk"
+) -> MapJob:
+    sides = some_sides(inputs, widths=(5, 4), activation=activation)
+    pairs = some_of(pairs_of(inputs, sides), share)
+    return MapJob(0, "", *sides, pairs, dictionary_rate=1e-3 if tuned else 0.0, strength_rate=1e-2)
+
+
+def trained(job: MapJob, inputs: AttentionInputs, steps: int = 1) -> list[float]:
+    optimizer = torch.optim.Adam(job.parameter_groups())
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss, _ = job.loss(PatternTarget(inputs), OFF)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_loss_is_the_kl_of_the_slow_map(name: str) -> None:
+    inputs = some_inputs(51, length=5, **LAYERS[name])
+    job = some_job(inputs, 0.5)
+    with torch.no_grad():
+        job.factor_P.copy_(torch.rand(len(job.factor_P), generator=torch.Generator().manual_seed(0)) * 2)
+    sides = job.query, job.key
+    strength = job.factor_P.detach() * strengths_of(inputs, sides, job.pairs)
+    close(job.strengths(inputs.rule).detach(), strength, 1e-6)
+    scores = slow_map(inputs, sides, job.pairs, strength)
+    true = slow_pattern_of(inputs.rule, slow_scores(inputs.rule, inputs.q_BTNH, inputs.k_BTGH))
+    wanted = slow_mean(slow_kl_rows(true, slow_pattern_of(inputs.rule, scores)), inputs.real_BT)
+    found, log = job.loss(PatternTarget(inputs), OFF)
+    close(found.detach(), wanted)
+    close(log["pattern_kl"], wanted)
+    assert float(log["pairs"]) == len(job.pairs)
+
+
+@pytest.mark.parametrize("rotary", [None, "half"])
+def test_all_pairs_give_the_transcoders_kl(rotary: str | None) -> None:
+    inputs = some_inputs(52, rotary=rotary)
+    job = some_job(inputs)
+    q, k = job.query(inputs.x_BTD).view_as(inputs.q_BTNH), job.key(inputs.x_BTD).view_as(inputs.k_BTGH)
+    close(job.loss(PatternTarget(inputs), OFF)[0].detach(), slow_kl(inputs, q, k).detach())
+
+
+@pytest.mark.parametrize("rotary", [None, "half"])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_gradients_reach_factors_always_and_dictionaries_only_when_tuned(rotary: str | None, tuned: bool) -> None:
+    inputs = some_inputs(53, rotary=rotary)
+    job = some_job(inputs, 0.5, tuned)
+    before = {name: p.detach().clone() for name, p in job.named_parameters()}
+    trained(job, inputs)
+    changed = {name for name, p in job.named_parameters() if not torch.equal(p, before[name])}
+    learned = {"W_enc", "b_enc", "b_in", "W_dec", "b_out"}
+    dictionaries = {f"{side}.{name}" for side in ("query", "key") for name in learned}
+    thresholds = {"query.threshold", "key.threshold"}  # BatchTopK's follow what they choose while they are tuned
+    assert changed == {"factor_P"} | (dictionaries | thresholds if tuned else set())
+    for name, p in job.named_parameters():
+        wanted = name == "factor_P" or (tuned and name in dictionaries)
+        assert (p.grad is not None and bool(p.grad.any())) is wanted, name
+
+
+def test_factor_gradients_are_the_finite_difference() -> None:
+    inputs = some_inputs(54, length=5, softcap=2.0, rotary="partial")
+    job = some_job(inputs, 0.3, activation="relu")
+    loss, _ = job.loss(PatternTarget(inputs), OFF)
+    loss.backward()
+    true = slow_pattern_of(inputs.rule, slow_scores(inputs.rule, inputs.q_BTNH, inputs.k_BTGH))
+
+    def kl(factor: Tensor) -> float:
+        scores = slow_map(inputs, (job.query, job.key), job.pairs, factor)
+        return float(slow_mean(slow_kl_rows(true, slow_pattern_of(inputs.rule, scores)), inputs.real_BT))
+
+    assert job.factor_P.grad is not None
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        direction = torch.randn(len(job.factor_P), generator=g).double()
+        ones = torch.ones_like(direction)
+        slope = (kl(ones + 1e-4 * direction) - kl(ones - 1e-4 * direction)) / 2e-4
+        assert float(job.factor_P.grad.double() @ direction) == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+
+def test_jumprelu_thresholds_learn_only_when_tuned() -> None:
+    inputs = some_inputs(55)
+    for tuned in (False, True):
+        job = some_job(inputs, 0.5, tuned, "jumprelu")
+        job.parameter_groups()
+        assert job.query.threshold.requires_grad is tuned and job.key.threshold.requires_grad is tuned
+
+
+def test_frozen_dictionaries_choose_as_a_reader_would() -> None:
+    """In refit the batch does not choose: the threshold does, and it does not move."""
+    inputs = some_inputs(56)
+    job = some_job(inputs)
+    thresholds = job.query.threshold.clone(), job.key.threshold.clone()
+    job.train()
+    assert job.training and not job.query.training and not job.key.training
+    _, acts = job.kl_rows(PatternTarget(inputs))
+    x = inputs.x_BTD.flatten(0, 1)
+    assert torch.equal(acts["query"], job.query.eval().encode(x)) and torch.equal(acts["key"], job.key.eval().encode(x))
+    trained(job, inputs, 3)
+    assert torch.equal(job.query.threshold, thresholds[0]) and torch.equal(job.key.threshold, thresholds[1])
+    tuned = some_job(inputs, tuned=True)
+    assert tuned.query.training and tuned.key.training
+    tuned.eval()
+    assert not tuned.query.training and not tuned.key.training
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_training_lowers_the_kl(tuned: bool) -> None:
+    inputs = some_inputs(57, batch=4, length=10)
+    losses = trained(some_job(inputs, 0.3, tuned, "relu"), inputs, 60)
+    assert losses[-1] < (0.9 if tuned else 0.97) * losses[0]
+
+
+@pytest.mark.parametrize("rotary", [None, "half"])
+def test_pruning_keeps_pairs_and_their_factors(rotary: str | None) -> None:
+    inputs = some_inputs(58, rotary=rotary)
+    job = some_job(inputs)
+    trained(job, inputs, 2)
+    whole, factor, strength = job.pairs, job.factor_P.detach().clone(), job.strengths(inputs.rule).detach()
+    index = torch.tensor([40, 3, 17, 90, 4])
+    job.keep(index)
+    wanted = whole.take(index)
+    for name in ("query_P", "key_P", "head_P"):
+        assert torch.equal(getattr(job.pairs, name), getattr(wanted, name))
+        assert torch.equal(getattr(job, name), getattr(wanted, name))
+    assert torch.equal(job.factor_P, factor[index.sort().values])
+    close(job.strengths(inputs.rule).detach(), strength[index.sort().values], 1e-6)
+    rows, _ = job.kl_rows(PatternTarget(inputs))
+    scores = map_scores(inputs, (job.query, job.key), wanted, strength[index.sort().values])
+    close(rows.detach(), PatternTarget(inputs).kl_rows(scores), 1e-5)
+    trained(job, inputs)  # a new optimiser takes up the shorter parameter
