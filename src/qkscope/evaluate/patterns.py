@@ -32,20 +32,18 @@ class PatternScore:
         """Compare a log-pattern with the true one on one batch."""
         log_true = inputs.log_pattern_BNQK
         rows = inputs.real_BT[:, None].expand(log_true.shape[:3])
-        self._compare(log_true, log_hat_BNQK, rows, inputs, (self.kl, self.top1, self.error))
+        self._compare(log_true, log_hat_BNQK, rows, (self.kl, self.top1, self.error))
         later = rows.clone()
         later[:, :, 0] = False
         rest_true, rest_hat = (_without_first(log) for log in (log_true, log_hat_BNQK))
         later &= (rest_true > -torch.inf).any(-1)
-        self._compare(rest_true, rest_hat, later, inputs, (self.kl_rest, self.top1_rest, self.error_rest))
+        self._compare(rest_true, rest_hat, later, (self.kl_rest, self.top1_rest, self.error_rest))
 
     @staticmethod
-    def _compare(
-        log_true: Tensor, log_hat: Tensor, rows: Tensor, inputs: AttentionInputs, into: tuple[Ratio, ...]
-    ) -> None:
+    def _compare(log_true: Tensor, log_hat: Tensor, rows: Tensor, into: tuple[Ratio, ...]) -> None:
         true, hat = exp(log_true), exp(log_hat)
         difference = (log_true - log_hat).masked_fill(true == 0, 0)
-        visible = inputs.rule.visible_BQK[:, None].sum(-1).clamp(min=1)
+        visible = (log_true > -torch.inf).sum(-1).clamp(min=1)  # keys that are compared here, and the sink
         kl = (true * difference).sum(-1)
         top1 = (log_true.argmax(-1) == log_hat.argmax(-1)).float()
         error = (true - hat).abs().sum(-1) / visible
