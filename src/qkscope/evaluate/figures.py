@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 Z = 1.959963984540054
+FEW = (12.706204736, 4.302652730, 3.182446305)  # Student's quantiles at 1, 2 and 3 degrees, where the expansion is poor
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t, by the Cornish-Fisher expansion (within 1 % from 4 degrees on)."""
+    """97.5 % quantile of Student's t, by the Cornish-Fisher expansion from 4 degrees on (within 1 %)."""
     if degrees <= 0:
         return math.inf
+    if degrees <= len(FEW):
+        return FEW[degrees - 1]
     v = degrees
     return (
         Z

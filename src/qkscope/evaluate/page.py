@@ -7,27 +7,20 @@ unknown origin: everything goes through `charts.text`, which escapes it and make
 
 from __future__ import annotations
 
-import json
 import unicodedata
-from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
-from ..errors import UserError
 from ..files import write_text
 from . import charts
 from .charts import Bar, Figure, Series, finite, interval, legend, number, text
+from .stored import SIDES, Layer, layers, read
 
-PAIRS_SHOWN, DENSEST_SHOWN, SNIPPETS = 30, 6, 2
 BEFORE, AFTER = 9, 4  # tokens of an example shown around the one that fires most
 CURVE_POINTS = 300  # of a training curve: more cannot be told apart
-SIDES = ("query", "key")
 NAMES = {"map_pruned": "pruned map", "transcoders": "transcoders", "map_all": "full map", "step1": "before tuning",
          "mean": "mean pattern", "uniform": "uniform", "zero": "zero", "shuffled": "shuffled pairs",
          "random": "random", "svd": "SVD of QK"}  # fmt: skip
@@ -44,9 +37,9 @@ def write_page(folder: Path) -> Path:
     """Make `folder/report.html` from the run, or the runs, in `folder`; `UserError` where a file is damaged."""
     folder = Path(folder)
     runs = [folder, *sorted(path.parent for path in folder.glob("*/config.yaml"))]
-    found = [(run, layer) for run in runs for layer in _layers(run)]
+    found = [(run, layer) for run in runs for layer in layers(run)]
     own = [layer for run, layer in found if run == folder]
-    config = _read(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))) or {}
+    config = read(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))) or {}
     models = [(config.get("run") or {}).get("model"), *(layer.report.get("model") for _, layer in found)]
     model = next((str(name).rstrip("/").rsplit("/", 1)[-1] for name in models if name), "the embedded model")
     title = f"QK decomposition of {model}"
@@ -60,80 +53,6 @@ def write_page(folder: Path) -> Path:
     body.append(f"<details><summary>Configuration of the run</summary><pre>{source}</pre></details>" if config else "")
     write_text(folder / "report.html", charts.page(title, "\n".join(body)))
     return folder / "report.html"
-
-
-class Layer:
-    """What one layer's folder holds; empty where a file is not there."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.folder, self.number = folder, number
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        return _read(self.folder / "report.json", _json) or {}
-
-    @cached_property
-    def metrics(self) -> dict[str, list[dict[str, Any]]]:
-        """The logged steps of each training phase."""
-        phases: dict[str, list[dict[str, Any]]] = {}
-        for line in _read(self.folder / "metrics.jsonl", _json_lines) or []:
-            if finite(line.get("pattern_kl")) and finite(line.get("tokens")):
-                phases.setdefault(str(line.get("phase")), []).append(line)
-        return phases
-
-    @cached_property
-    def pairs(self) -> list[dict[str, Any]]:
-        """Every kept pair, the most important first."""
-        return sorted(self.rows("pairs"), key=lambda row: -row["importance"])
-
-    @cached_property
-    def densest(self) -> list[dict[str, Any]]:
-        """The features of each side that fire on most tokens."""
-        rows = sorted((row for row in self.rows("features") if row["live"]), key=lambda row: -row["density"])
-        return [row for side in SIDES for row in [r for r in rows if r["side"] == side][:DENSEST_SHOWN]]
-
-    @cached_property
-    def examples(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
-        """The first few examples of each feature that is shown."""
-        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        wanted = {-1, *(row["feature"] for row in self.densest)}
-        wanted |= {pair[f"{side}_feature"] for pair in self.pairs[:PAIRS_SHOWN] for side in SIDES}
-        for row in self.rows("examples", [("rank", "<", SNIPPETS), ("feature", "in", wanted)]):
-            found.setdefault((row["side"], row["feature"]), []).append(row)
-        return found
-
-    def rows(self, name: str, filters: list | None = None) -> list[dict[str, Any]]:
-        path = self.folder / f"{name}.parquet"
-        return _read(path, lambda path: pq.read_table(path, filters=filters).to_pylist()) or []
-
-    def figure(self, *keys: str) -> Any:
-        """What stands in the report under these keys, or None."""
-        at: Any = self.report
-        for key in keys:
-            at = at.get(key) if isinstance(at, dict) else None
-        return at
-
-
-def _layers(run: Path) -> list[Layer]:
-    numbers = [p.name.removeprefix("layer_") for p in run.glob("layer_*") if p.is_dir()]
-    return [Layer(run / f"layer_{n}", n) for n in sorted(int(n) for n in numbers if n.isdecimal())]
-
-
-def _read(path: Path, how: Callable[[Path], Any]) -> Any:
-    """The file's content, or None without one; a damaged file is a `UserError`."""
-    try:
-        return how(path) if path.is_file() else None
-    except (ValueError, OSError, pa.ArrowException, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120]})") from None
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines: a killed run can leave half a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def _value(figure: Figure | None, scale: float = 1.0, unit: str = "") -> str:
@@ -195,7 +114,7 @@ def layer_section(layer: Layer) -> str:
     else:
         parts.append("<p>Not measured yet: <code>qkscope evaluate</code> writes its report.json.</p>")
     parts += [f'<div class="figures">{"".join(figures)}</div>', _all_figures(layer) if layer.report else ""]
-    return "\n".join([*parts, _heat(layer), _pair_table(layer), _densest(layer), "</section>"])
+    return "\n".join([*parts, _heat(layer), _pair_tables(layer), _densest(layer), "</section>"])
 
 
 def _facts(layer: Layer) -> str:
@@ -356,18 +275,25 @@ def _feature(layer: Layer, side: str, feature: int) -> str:
     return f'<div class="{side}"><b>{side[0]}{feature}</b>{snippets}</div>'
 
 
-def _pair_table(layer: Layer) -> str:
+def _pair_tables(layer: Layer) -> str:
+    return "".join(_pair_table(layer, title, pairs) for title, pairs in layer.shown_pairs.items())
+
+
+def _pair_table(layer: Layer, title: str, pairs: list[dict[str, Any]]) -> str:
     rows = []
-    for place, pair in enumerate(layer.pairs[:PAIRS_SHOWN], 1):
+    for pair in pairs:
         features = [_feature(layer, side, pair[f"{side}_feature"]) for side in SIDES]
         numbers = [number(pair["strength"]), number(1000 * pair["importance"])]
-        rows.append([str(place), str(pair["head"]), *features, *numbers])
+        rows.append([str(pair["place"]), str(pair["head"]), *features, *numbers])
     note = ("Strength multiplies the two activations in a score: above 0 the head attends from where the query feature "
             "fires to where the key feature fires, below 0 it turns away; with a rotary embedding it is a factor on a "
             "product that varies with distance. Importance: what leaving the pair out costs, to second order, in "
             "millinats of KL a query row. Shade: activation within the example, outlined its maximum.")  # fmt: skip
+    if "bias" in title:
+        note = ("A side's bias is a feature that is always active: with a rotary embedding these pairs carry what a "
+                "head does by distance alone, and what it does whatever the other side says.")  # fmt: skip
     head = ["#", "head", "query feature", "key feature", "strength", "importance, mnat"]
-    opening = f'<h3>Strongest pairs</h3><p class="note">{note}</p>'
+    opening = f'<h3>{title}</h3><p class="note">{note}</p>'
     return opening + _table(head, rows, "pairs tokens", (2, 3)) if rows else ""
 
 
@@ -385,7 +311,7 @@ def _densest(layer: Layer) -> str:
 
 def _heat(layer: Layer) -> str:
     """The patterns of the most important head on one text; the other heads folded away."""
-    found = _read(layer.folder / "patterns.json", _json)
+    found = layer.patterns
     name = f"layer-{layer.number}-heat"
     if not found or not found.get("heads"):
         return ""

@@ -1,0 +1,212 @@
+"""The training loop: its rates, its checkpoints, and what it does where numbers stop being finite."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from texts import BOS, WORDS, data_config, documents_of, stream
+from tiny import tiny_model
+from torch import Tensor, nn
+
+from qkscope.attention import AttentionSite, open_sites
+from qkscope.config import TrainingConfig
+from qkscope.data.documents import split_of
+from qkscope.errors import UserError
+from qkscope.training import checkpoint
+from qkscope.training.loop import FLOOR, Logs, rate_at, train
+from qkscope.training.objective import PatternTarget
+
+# Rates -----------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_stays_and_falls_to_a_hundredth() -> None:
+    config = TrainingConfig(warmup=0.1, decay=0.3)
+    assert rate_at(0.0, config) == FLOOR == 0.01
+    assert rate_at(0.05, config) == pytest.approx(0.5)
+    assert [rate_at(x, config) for x in (0.1, 0.4, 0.7)] == pytest.approx([1, 1, 1])
+    assert rate_at(0.85, config) == pytest.approx(0.01 + 0.99 / 2)
+    assert rate_at(1.0, config) == pytest.approx(0.01)
+
+
+@settings(max_examples=100, deadline=None)
+@given(done=st.floats(0, 1.2), warmup=st.floats(0, 0.99), decay=st.floats(0, 1))
+def test_the_rate_is_a_factor(done: float, warmup: float, decay: float) -> None:
+    config = TrainingConfig(warmup=warmup, decay=decay)
+    assert FLOOR - 1e-12 <= rate_at(done, config) <= 1
+    if decay > 1e-6:
+        assert rate_at(1.0, config) == pytest.approx(FLOOR)
+
+
+# A run of a job with a constant gradient -------------------------------------------------------------
+
+
+class Job(nn.Module):
+    """One number with a gradient of 1: Adam then moves it by exactly the learning rate of each step."""
+
+    def __init__(self, layer: int = 0, peak: float = 0.5, broken_at: int = 10**9, loss: float = float("nan")) -> None:
+        super().__init__()
+        self.layer, self.variant, self.peak = layer, "", peak
+        self.broken_at, self.broken_loss, self.calls = broken_at, loss, 0
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[float] = []
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": [self.weight], "lr": self.peak, "peak": self.peak}]
+
+    def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen.append(float(self.weight.detach()))
+        self.calls += 1
+        broken = self.broken_loss if self.calls > self.broken_at else 0.0
+        return self.weight.sum() + broken, {"tokens_seen": torch.tensor(float(target.n_tokens))}
+
+
+@cache
+def sites() -> list[AttentionSite]:
+    return open_sites(tiny_model("gpt2"), BOS, [0, 1])
+
+
+def source(folder: Path, texts: list[str] | None = None) -> Any:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts or documents_of([15] * 60)))
+    return data_config(source=str(path), context=16)
+
+
+def fit(folder: Path, jobs: list[Any], tokens: int = 900, saved: Any = None, **options: Any) -> tuple[Any, list[dict]]:
+    said: list[dict] = []
+    config = TrainingConfig(**{"checkpoint_steps": 4, "log_steps": 3, "warmup": 0.1, "decay": 0.5, **options})
+    names = {checkpoint.job_name(j): folder / f"{j.layer}.jsonl" for j in jobs}
+    at = train(
+        "step1", jobs, sites(), stream(source(folder), repeat=True), tokens, config,
+        saved=saved, checkpoint_path=folder / "c.safetensors", logs=Logs(names, said.append),
+    )  # fmt: skip
+    return at, said
+
+
+def test_each_step_is_of_the_peak_times_the_factor(tmp_path: Path) -> None:
+    job = Job()
+    at, _ = fit(tmp_path, [job])
+    config = TrainingConfig(warmup=0.1, decay=0.5)
+    text, done, steps = stream(source(tmp_path), repeat=True), 0, []
+    while done < 900:
+        steps.append(0.5 * rate_at(done / 900, config))
+        done += next(text).n_tokens
+    moved = [b - a for a, b in zip(job.seen, [*job.seen[1:], float(job.weight.detach())], strict=True)]
+    assert moved == pytest.approx([-s for s in steps], rel=1e-3)
+    assert (at.step, at.tokens, at.done) == (len(steps), done, True)
+    assert steps[0] == 0.005 and max(steps) == 0.5 and steps[-1] < 0.1
+
+
+def test_a_job_trains_on_its_own_layer_only(tmp_path: Path) -> None:
+    seen: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    class Watching(Job):
+        def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            seen[self.layer].append(target.x_nD)
+            return super().loss(target, autocast)
+
+    fit(tmp_path, [Watching(0), Watching(1)], tokens=200)
+    assert len(seen[0]) == len(seen[1]) > 2
+    assert not any(torch.allclose(a, b, atol=0.1) for a, b in zip(seen[0], seen[1], strict=True))
+
+
+def test_logs_are_means_since_the_last_line(tmp_path: Path) -> None:
+    at, said = fit(tmp_path, [Job(), Job(1)])
+    lines = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(3, at.step, 3), at.step]
+    text = stream(source(tmp_path), repeat=True)
+    sizes = [next(text).n_tokens for _ in range(at.step)]
+    for line, first in zip(lines, [0, *(line["step"] for line in lines)], strict=False):
+        assert line["tokens_seen"] == pytest.approx(sum(sizes[first : line["step"]]) / (line["step"] - first))
+        assert line["tokens"] == sum(sizes[: line["step"]])
+    assert len(said) == 2 * len(lines) and all(s["total"] == 900 for s in said)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    class Killed(Job):
+        def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            if self.calls == 11:
+                raise KeyboardInterrupt
+            return super().loss(target, autocast)
+
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole, killed, again = Job(), Killed(), Job()
+    fit(tmp_path / "whole", [whole])
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "broken", [killed])
+    saved = checkpoint.load(tmp_path / "broken" / "c.safetensors")
+    assert saved is not None and (saved[1].step, saved[1].done) == (8, False)
+    fit(tmp_path / "broken", [again], saved=saved)
+    assert torch.equal(again.weight, whole.weight)
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "0.jsonl", tmp_path / "broken" / "0.jsonl")
+    ]
+    assert [line["step"] for line in logs[1]] == sorted({line["step"] for line in logs[1]})  # no line twice
+    assert logs[0][-1]["step"] == logs[1][-1]["step"]
+
+
+# What is not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stands(tmp_path: Path, loss: float) -> None:
+    job = Job(broken_at=10, loss=loss)
+    with pytest.raises(UserError) as error:
+        fit(tmp_path, [job])
+    said = str(error.value)
+    assert "\n" not in said and "step 10" in said and str(loss) in said and "learning rate" in said
+    assert "run|0" in said  # which job
+    assert torch.isfinite(job.weight).all() and float(job.weight.detach()) == job.seen[-1]  # the step was not taken
+    saved = checkpoint.load(tmp_path / "c.safetensors")
+    assert saved is not None and (saved[1].step, saved[1].done) == (8, False)
+    assert float(saved[0]["run|0|weight"]) == job.seen[8]
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_layer_step_document_and_position(tmp_path: Path, what: float) -> None:
+    """One word breaks the model: where it stands is what the error says, and the last checkpoint stands."""
+    texts = [t.replace(f"w{WORDS - 1}", "w0") for t in documents_of([15] * 60)]
+    number = 0
+    while split_of(bad := f"w1 w2 w3 w{number} w{WORDS - 1} w5 w6 w7 w8 w9", 0.1) != "train":
+        number += 1
+    texts.insert(23, bad)
+    text = stream(source(tmp_path, texts), repeat=True)
+    step = next(i for i, batch in enumerate(text) if bool((batch.tokens_BT == 5 + WORDS - 1).any()))
+    assert step > 0
+    model: Any = tiny_model("gpt2")
+    opened = open_sites(model, BOS, [0, 1])
+    model.transformer.wte.weight.data[5 + WORDS - 1] = what
+    job, path = Job(), tmp_path / "c.safetensors"
+    config = TrainingConfig(checkpoint_steps=1)
+    with pytest.raises(UserError) as error:
+        train(
+            "step1", [job], opened, stream(source(tmp_path, texts), repeat=True), 2000, config,
+            saved=None, checkpoint_path=path, logs=Logs({"run|0": tmp_path / "0.jsonl"}, lambda line: None),
+        )  # fmt: skip
+    said = str(error.value)
+    assert "\n" not in said and "layer 0" in said and f"step {step}," in said
+    assert "document 23," in said and "position 5;" in said  # the BOS token stands at 0
+    assert len(job.seen) == step
+    saved = checkpoint.load(path)
+    assert saved is not None and saved[1].step == step and float(saved[0]["run|0|weight"]) == float(job.weight.detach())
+
+
+def test_nan_at_padding_is_nobodys_business(tmp_path: Path) -> None:
+    model: Any = tiny_model("gpt2")
+    opened = open_sites(model, BOS, [0])
+    model.transformer.wte.weight.data[BOS.pad_token_id] = float("nan")
+    texts = documents_of([15, 9, 12] * 20)
+    job = Job()
+    train(
+        "step1", [job], opened, stream(source(tmp_path, texts), repeat=True), 300, TrainingConfig(),
+        saved=None, checkpoint_path=tmp_path / "c", logs=Logs({"run|0": tmp_path / "0.jsonl"}, lambda line: None),
+    )  # fmt: skip
+    assert job.calls > 3
