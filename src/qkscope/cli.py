@@ -108,7 +108,8 @@ def _parse(kind: type, argv: list[str], program: str, values: dict[str, Any]) ->
     known = [f"--{key.replace('_', '-')}" for key in known_keys(kind)] + ["--help", "-h"]
     for word in argv:
         flag = word.partition("=")[0]
-        if flag.startswith("--") and flag.replace("_", "-") not in known:
+        positive = flag.replace("_", "-").replace(".no-", ".")  # a switch has both forms
+        if flag.startswith("--") and positive not in known:
             raise UserError(f"unknown option {flag!r}{nearest(flag, known)}; see {program} --help")
     default = kind.model_validate(values) if kind is RunCommand else tyro.MISSING_NONPROP
     complaint = io.StringIO()

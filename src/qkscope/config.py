@@ -75,6 +75,8 @@ class DictionaryConfig(Config):
         for side, k, width in (("", self.k, self.width), ("_key", self.key_k, self.key_width)):
             if k > width:
                 raise ValueError(f"k{side} is {k:g}, more than the width of {width}; lower k{side} or raise the width")
+            if self.activation == "topk" and k != round(k):
+                raise ValueError(f"k{side} is {k:g}; topk needs a whole number (batchtopk takes any)")
         return self
 
     @property
@@ -204,7 +206,7 @@ def one_line(error: ValidationError) -> str:
         return f"unknown key {key!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{key}: {message}"
+        return f"{key}: {message}" if key else message
     return f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 

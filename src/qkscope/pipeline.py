@@ -31,7 +31,7 @@ from .pairs.tune import MapJob
 from .progress import Reporter
 from .run_folder import claimed, layer_folder, require_same, variants, write_config
 from .training import checkpoint
-from .training.checkpoint import job_name
+from .training.job import Job
 from .training.loop import Logs, harvest_finite, train
 from .training.start import side_statistics, start
 from .training.step1 import Step1Job
@@ -205,7 +205,7 @@ class _Runner:
             if index < reached:
                 continue
             if index == reached:
-                maps = [self._empty_job(job) for job in jobs if job_name(job) not in stopped]
+                maps = [self._empty_job(job) for job in jobs if job.name not in stopped]
                 self._fit(phase.name, maps, phase.tokens, saved, stopped)
             else:
                 maps = [self._next_job(job, phase) for job in maps]
@@ -233,9 +233,9 @@ class _Runner:
             phases += [Phase(f"tune{len(counts) + i}", c, tokens, spare=True) for i, c in enumerate(halves, start=1)]
         return phases
 
-    def _fit(self, phase: str, jobs: Sequence[Any], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
+    def _fit(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
         """Train one phase; `saved` is a checkpoint of this phase to go on from."""
-        logs = Logs({job_name(j): self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step)
+        logs = Logs({j.name: self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step)
         began = time.monotonic()
         at = train(
             phase,
@@ -255,7 +255,7 @@ class _Runner:
 
     # Jobs
 
-    def _folder(self, job: Any) -> Path:
+    def _folder(self, job: Job) -> Path:
         return layer_folder(self.out / job.variant, job.layer)
 
     def _step1_jobs(self) -> list[Step1Job]:
@@ -284,7 +284,7 @@ class _Runner:
             return self._mask_job(job, (none, none))
         return self._map_job(job, Pairs.of(none, none, none, job.query.width, job.key.width, self._n_heads(job.layer)))
 
-    def _mask_job(self, job: Any, live: tuple[torch.Tensor, torch.Tensor]) -> MaskJob:
+    def _mask_job(self, job: Job, live: tuple[torch.Tensor, torch.Tensor]) -> MaskJob:
         pairs = self.config.pairs
         heads = self._n_heads(job.layer)
         return MaskJob(
@@ -292,7 +292,7 @@ class _Runner:
             sparsity=pairs.mask_sparsity, rate=pairs.strength_rate,
         )  # fmt: skip
 
-    def _map_job(self, job: Any, pairs: Pairs) -> MapJob:
+    def _map_job(self, job: Job, pairs: Pairs) -> MapJob:
         settings = self.config.pairs
         rate = settings.learning_rate if settings.method == "tune" else 0.0
         return MapJob(
@@ -300,7 +300,7 @@ class _Runner:
             dictionary_rate=rate, strength_rate=settings.strength_rate,
         )  # fmt: skip
 
-    def _next_job(self, job: Any, phase: Phase) -> Any:
+    def _next_job(self, job: Job, phase: Phase) -> Any:
         """The job of a phase from the one before: ranked from step 1's dictionaries, or pruned further."""
         sample = self.sample(job.layer, "train", self._sample_tokens())
         if isinstance(job, MapJob):
@@ -314,7 +314,7 @@ class _Runner:
         chosen.train()
         return chosen
 
-    def _ranked(self, job: Any, count: int) -> MapJob:
+    def _ranked(self, job: Job, count: int) -> MapJob:
         """The most important pairs between a job's dictionaries: `count`, or the fewest under the KL bound."""
         settings = self.config.pairs
         sample = self.sample(job.layer, "train", self._sample_tokens())
@@ -344,9 +344,9 @@ class _Runner:
                 self._say_bound(job, len(job.pairs), kl)
             if good:
                 going.append(job)
-        return going, [*stopped, *(job_name(j) for j in jobs if j not in going)]
+        return going, [*stopped, *(j.name for j in jobs if j not in going)]
 
-    def _say_bound(self, job: Any, count: int, kl: float) -> None:
+    def _say_bound(self, job: Job, count: int, kl: float) -> None:
         bound = self.config.pairs.max_kl or 0.0
         verdict = "under" if kl <= bound else "NOT under"
         self.reporter.message(
@@ -359,7 +359,7 @@ class _Runner:
         job.train()
         return plain * job.factor_P.detach().square()
 
-    def _selected(self, job: Any) -> MapJob:
+    def _selected(self, job: Job) -> MapJob:
         """What a run ends with."""
         if isinstance(job, MapJob):
             return job
@@ -387,7 +387,7 @@ class _Runner:
         )  # fmt: skip
         dec.save(self._folder(job))
 
-    def _calibrate(self, job: Any) -> None:
+    def _calibrate(self, job: Job) -> None:
         """Thresholds as they are after the last step, on training text."""
         x_nD = torch.cat([i.x_BTD[i.real_BT].float() for i in self.sample(job.layer, "train", self._sample_tokens())])
         for transcoder in (job.query, job.key):

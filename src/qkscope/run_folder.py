@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from pydantic import ValidationError
 
 from . import __version__
-from .config import DictionaryConfig, RunConfig
+from .config import DictionaryConfig, RunConfig, one_line
 from .decomposition import read_run
 from .errors import UserError
 from .files import disk_errors, write_text
@@ -131,8 +132,8 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
         values = config.dictionary.model_dump() | chosen
         try:
             dictionary = resolved(DictionaryConfig(**values))
-        except ValueError as error:
-            raise UserError(f"--sweep: {_label(chosen)}: {str(error).splitlines()[1].strip()}") from None
+        except ValidationError as error:
+            raise UserError(f"--sweep: {_label(chosen)}: {one_line(error)}") from None
         chosen = {k: v for k, v in chosen.items() if _matters(k, dictionary)}
         # k means nothing to ReLU and the penalty nothing to TopK: such combinations are one.
         same = dictionary.model_copy(update={k: 1.0 for k in ("k", "sparsity") if not _matters(k, dictionary)})

@@ -129,7 +129,7 @@ def require_equal(one: Path, other: Path) -> None:
 # Killing runs
 
 Moment = tuple[str, str, int]
-"""An audit event ("open" to append, "os.rename", "os.remove"), how its file's name ends, and the how-manieth such one."""
+"""An audit event ("open" to append, "os.rename", "os.remove"), how its file's name ends, and which of those it is."""
 
 
 def _die_at(moment: Moment) -> None:

@@ -146,7 +146,8 @@ def test_run(run: Callable[..., Path], model: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("gpt2", "mask"), ("llama", "tune"), ("gemma2", "mask"), ("gpt_oss", "tune"), ("bert", "refit")]
+    ("model", "method"),
+    [("gpt2", "mask"), ("llama", "tune"), ("gemma2", "mask"), ("gpt_oss", "tune"), ("bert", "refit")],
 )
 def test_run_of_one_layer(run: Callable[..., Path], model: str, method: str) -> None:
     require_artefact(run({"pairs.method": method, "layers": 1}, model), 1, model)
@@ -210,7 +211,7 @@ def test_bound_on_kl(run: Callable[..., Path], method: str) -> None:
 
 @pytest.mark.slow
 def test_a_real_model(run: Callable[..., Path], shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trained model on its own kind of text: better than its controls, and with 400 pairs still far better than uniform."""
+    """A trained model on its own kind of text: better than its controls, and far better than uniform with 400 pairs."""
     model, text = shared / "models" / "stories260K", shared / "text" / "stories260K.parquet"
     for path in (model, text):
         if not path.exists():

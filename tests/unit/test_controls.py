@@ -31,9 +31,7 @@ def some_decomposition(
     shape = SiteShape(inputs.x_BTD.shape[2], q.shape[2], k.shape[2], q.shape[3], inputs.rule.rotary is not None)
     values = {"dictionary": {"width": widths[0], "width_key": widths[1], "k": 3}, "training": {"seed": seed}}
     strength = torch.randn(len(pairs), generator=torch.Generator().manual_seed(seed))
-    return Decomposition(
-        3, shape, *sides, pairs, strength, strength, strength.abs(), RunConfig.model_validate(values)
-    )
+    return Decomposition(3, shape, *sides, pairs, strength, strength, strength.abs(), RunConfig.model_validate(values))
 
 
 # Every pair, one by one ------------------------------------------------------------------------------

@@ -180,9 +180,7 @@ def test_only_jumprelu_learns_its_threshold() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    activation=st.sampled_from(ACTIVATIONS), seed=st.integers(0, 500), metric=st.booleans(), training=st.booleans()
-)
+@given(activation=st.sampled_from(ACTIVATIONS), seed=st.integers(0, 500), metric=st.booleans(), training=st.booleans())
 def test_rescaling_a_row_and_its_encoder_inversely_changes_nothing(
     activation: Activation, seed: int, metric: bool, training: bool
 ) -> None:

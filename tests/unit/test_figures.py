@@ -72,9 +72,7 @@ def test_t_quantile_at_its_ends() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    seed=st.integers(0, 1000), n=st.integers(2, 9), factor=st.floats(0.1, 10), empty=st.integers(0, 3)
-)
+@given(seed=st.integers(0, 1000), n=st.integers(2, 9), factor=st.floats(0.1, 10), empty=st.integers(0, 3))
 def test_what_leaves_a_figure_as_it_is(seed: int, n: int, factor: float, empty: int) -> None:
     """The order of sequences, sequences without weight, and the unit of the weights on both sides."""
     sums, weights = (x[0] for x in clustered(n, seed))

@@ -21,10 +21,10 @@ from test_pattern_kl import (
 )
 from torch import Tensor
 
-from qkscope.pattern import AttentionInputs
 from qkscope.pairs import importance as room
 from qkscope.pairs.importance import firing_features, importance_blocks, pair_importance, rank_pairs
 from qkscope.pairs.pair_map import with_bias
+from qkscope.pattern import AttentionInputs
 
 
 def slow_importance(sample: list[AttentionInputs], sides: Sides) -> Tensor:
@@ -68,7 +68,8 @@ def dense_importance(sample: list[AttentionInputs], sides: Sides) -> Tensor:
 def some_sample(name: str, seed: int = 41, **options: Any) -> tuple[list[AttentionInputs], Sides]:
     """Two batches of unequal size of one layer, and dictionaries of which some features never fire."""
     values = {"length": 6, **LAYERS[name], **options}
-    sample = [some_inputs(seed, **values), some_inputs(seed + 1, **{**values, "batch": 1, "length": values["length"] - 1})]
+    shorter = {**values, "batch": 1, "length": values["length"] - 1}
+    sample = [some_inputs(seed, **values), some_inputs(seed + 1, **shorter)]
     sample[1] = replace(sample[1], rule=replace(sample[1].rule, sink_N=sample[0].rule.sink_N))
     sides = some_sides(sample[0], seed, widths=(6, 5), size=3.0)
     sides[0].b_enc.data[2] = sides[1].b_enc.data[0] = -1e6
@@ -93,6 +94,7 @@ def test_blocks_of_moments_change_nothing(monkeypatch: pytest.MonkeyPatch, name:
     whole = dense_importance(sample, sides)
     monkeypatch.setattr(room, "MOMENT_ELEMENTS", 200)  # two key features at a time
     monkeypatch.setattr(room, "BLOCK_ELEMENTS", 13)  # two query features at a time
+    monkeypatch.setattr(room, "KEPT_ELEMENTS", 0)  # activations encoded anew for each head
     close(dense_importance(sample, sides), whole, 1e-5)
 
 

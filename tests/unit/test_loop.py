@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from qkscope.attention import AttentionSite, open_sites
 from qkscope.config import TrainingConfig
 from qkscope.data.documents import split_of
+from qkscope.dictionary import SparseTranscoder
 from qkscope.errors import UserError
 from qkscope.training import checkpoint
+from qkscope.training.job import Job
 from qkscope.training.loop import FLOOR, Logs, rate_at, train
 from qkscope.training.objective import PatternTarget
 
@@ -47,12 +49,13 @@ def test_the_rate_is_a_factor(done: float, warmup: float, decay: float) -> None:
 # A run of a job with a constant gradient -------------------------------------------------------------
 
 
-class Job(nn.Module):
+class OneNumber(Job):
     """One number with a gradient of 1: Adam then moves it by exactly the learning rate of each step."""
 
     def __init__(self, layer: int = 0, peak: float = 0.5, broken_at: int = 10**9, loss: float = float("nan")) -> None:
-        super().__init__()
-        self.layer, self.variant, self.peak = layer, "", peak
+        query, key = (SparseTranscoder(1, 1, 1, "relu", 1).requires_grad_(False) for _ in range(2))
+        super().__init__(layer, "", query, key)
+        self.peak = peak
         self.broken_at, self.broken_loss, self.calls = broken_at, loss, 0
         self.weight = nn.Parameter(torch.zeros(1))
         self.seen: list[float] = []
@@ -81,7 +84,7 @@ def source(folder: Path, texts: list[str] | None = None) -> Any:
 def fit(folder: Path, jobs: list[Any], tokens: int = 900, saved: Any = None, **options: Any) -> tuple[Any, list[dict]]:
     said: list[dict] = []
     config = TrainingConfig(**{"checkpoint_steps": 4, "log_steps": 3, "warmup": 0.1, "decay": 0.5, **options})
-    names = {checkpoint.job_name(j): folder / f"{j.layer}.jsonl" for j in jobs}
+    names = {j.name: folder / f"{j.layer}.jsonl" for j in jobs}
     at = train(
         "step1", jobs, sites(), stream(source(folder), repeat=True), tokens, config,
         saved=saved, checkpoint_path=folder / "c.safetensors", logs=Logs(names, said.append),
@@ -90,7 +93,7 @@ def fit(folder: Path, jobs: list[Any], tokens: int = 900, saved: Any = None, **o
 
 
 def test_each_step_is_of_the_peak_times_the_factor(tmp_path: Path) -> None:
-    job = Job()
+    job = OneNumber()
     at, _ = fit(tmp_path, [job])
     config = TrainingConfig(warmup=0.1, decay=0.5)
     text, done, steps = stream(source(tmp_path), repeat=True), 0, []
@@ -106,7 +109,7 @@ def test_each_step_is_of_the_peak_times_the_factor(tmp_path: Path) -> None:
 def test_a_job_trains_on_its_own_layer_only(tmp_path: Path) -> None:
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
 
-    class Watching(Job):
+    class Watching(OneNumber):
         def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
             seen[self.layer].append(target.x_nD)
             return super().loss(target, autocast)
@@ -117,7 +120,7 @@ def test_a_job_trains_on_its_own_layer_only(tmp_path: Path) -> None:
 
 
 def test_logs_are_means_since_the_last_line(tmp_path: Path) -> None:
-    at, said = fit(tmp_path, [Job(), Job(1)])
+    at, said = fit(tmp_path, [OneNumber(), OneNumber(1)])
     lines = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(3, at.step, 3), at.step]
     text = stream(source(tmp_path), repeat=True)
@@ -129,7 +132,7 @@ def test_logs_are_means_since_the_last_line(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    class Killed(Job):
+    class Killed(OneNumber):
         def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
             if self.calls == 11:
                 raise KeyboardInterrupt
@@ -137,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    whole, killed, again = Job(), Killed(), Job()
+    whole, killed, again = OneNumber(), Killed(), OneNumber()
     fit(tmp_path / "whole", [whole])
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "broken", [killed])
@@ -158,7 +161,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stands(tmp_path: Path, loss: float) -> None:
-    job = Job(broken_at=10, loss=loss)
+    job = OneNumber(broken_at=10, loss=loss)
     with pytest.raises(UserError) as error:
         fit(tmp_path, [job])
     said = str(error.value)
@@ -184,7 +187,7 @@ def test_activations_that_are_not_finite_name_layer_step_document_and_position(t
     model: Any = tiny_model("gpt2")
     opened = open_sites(model, BOS, [0, 1])
     model.transformer.wte.weight.data[5 + WORDS - 1] = what
-    job, path = Job(), tmp_path / "c.safetensors"
+    job, path = OneNumber(), tmp_path / "c.safetensors"
     config = TrainingConfig(checkpoint_steps=1)
     with pytest.raises(UserError) as error:
         train(
@@ -204,7 +207,7 @@ def test_nan_at_padding_is_nobodys_business(tmp_path: Path) -> None:
     opened = open_sites(model, BOS, [0])
     model.transformer.wte.weight.data[BOS.pad_token_id] = float("nan")
     texts = documents_of([15, 9, 12] * 20)
-    job = Job()
+    job = OneNumber()
     train(
         "step1", [job], opened, stream(source(tmp_path, texts), repeat=True), 300, TrainingConfig(),
         saved=None, checkpoint_path=tmp_path / "c", logs=Logs({"run|0": tmp_path / "0.jsonl"}, lambda line: None),

@@ -6,8 +6,17 @@ import pytest
 import torch
 from test_objective import OFF
 from test_pair_map import map_scores, pairs_of, slow_map, strengths_of
-from test_pattern_kl import LAYERS, close, slow_kl, slow_kl_rows, slow_mean, slow_pattern_of, slow_scores
-from test_pattern_kl import some_inputs, some_sides
+from test_pattern_kl import (
+    LAYERS,
+    close,
+    slow_kl,
+    slow_kl_rows,
+    slow_mean,
+    slow_pattern_of,
+    slow_scores,
+    some_inputs,
+    some_sides,
+)
 from torch import Tensor
 
 from qkscope.errors import UserError
@@ -17,7 +26,9 @@ from qkscope.pattern import AttentionInputs
 from qkscope.training.objective import PatternTarget
 
 
-def some_job(inputs: AttentionInputs, live: tuple[list[int], list[int]] | None = None, sparsity: float = 0.0) -> MaskJob:
+def some_job(
+    inputs: AttentionInputs, live: tuple[list[int], list[int]] | None = None, sparsity: float = 0.0
+) -> MaskJob:
     """By default all five query and four key features are live; the bias stands last."""
     sides = some_sides(inputs, widths=(5, 4))
     chosen = [torch.tensor(side) for side in live or ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4])]
@@ -44,7 +55,7 @@ def test_any_mask_is_the_slow_map_with_its_values_as_factors(name: str) -> None:
     with torch.no_grad():
         job.mask.copy_(torch.rand(4, 4, 3, generator=g) - 0.3).clamp_(0, 1)
     pairs, factor = job.kept()
-    wanted = [(n, live[0][a], live[1][b]) for n in range(4) for a in range(4) for b in range(3) if job.mask[n, a, b] > 0]
+    wanted = [(n, live[0][a], live[1][b]) for n, a, b in (job.mask > 0).nonzero().tolist()]
     assert 0 < len(wanted) < 48
     assert list(zip(pairs.head_P.tolist(), pairs.query_P.tolist(), pairs.key_P.tolist(), strict=True)) == wanted
     for value, (n, a, b) in zip(factor.tolist(), wanted, strict=True):

@@ -10,8 +10,8 @@ import torch
 from test_pattern_kl import LAYERS, close, slow_kl, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs, some_sides
 from torch import Tensor
 
-from qkscope.pattern import AttentionInputs
 from qkscope.config import DictionaryConfig
+from qkscope.pattern import AttentionInputs
 from qkscope.training.objective import PatternTarget, revival_loss, root_penalty
 from qkscope.training.recipes import resolved
 from qkscope.training.step1 import Step1Job
@@ -33,12 +33,11 @@ def doubled(inputs: AttentionInputs) -> AttentionInputs:
 
     rule = inputs.rule
     if rule.rotary is not None:
-        rule = replace(rule, rotary=replace(rule.rotary, cos_BTH=twice(rule.rotary.cos_BTH), sin_BTH=twice(rule.rotary.sin_BTH)))
+        table = rule.rotary
+        rule = replace(rule, rotary=replace(table, cos_BTH=twice(table.cos_BTH), sin_BTH=twice(table.sin_BTH)))
     if len(rule.visible_BQK) > 1:
         rule = replace(rule, visible_BQK=twice(rule.visible_BQK))
-    return AttentionInputs(
-        twice(inputs.x_BTD), twice(inputs.q_BTNH), twice(inputs.k_BTGH), rule, twice(inputs.real_BT)
-    )
+    return AttentionInputs(twice(inputs.x_BTD), twice(inputs.q_BTNH), twice(inputs.k_BTGH), rule, twice(inputs.real_BT))
 
 
 @pytest.mark.parametrize("name", LAYERS)

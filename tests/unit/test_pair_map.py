@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_pattern_kl import LAYERS, close, rotation, slow_pattern_of, slow_scores, some_inputs, some_sides, turn_matrix
 from torch import Tensor
 
-from qkscope.pattern import AttentionInputs, PatternRule
 from qkscope.dictionary import SparseTranscoder
 from qkscope.pairs.pair_map import Pairs, pair_scores, rows, turn, weight_strength, with_bias
+from qkscope.pattern import AttentionInputs, PatternRule
 
 Sides = tuple[SparseTranscoder, SparseTranscoder]
 
@@ -48,9 +48,10 @@ def strengths_of(inputs: AttentionInputs, sides: Sides, pairs: Pairs) -> Tensor:
 
 def map_scores(inputs: AttentionInputs, sides: Sides, pairs: Pairs, strength: Tensor | None = None) -> Tensor:
     """`pair_scores` of a layer; by default at the weights' own strengths."""
-    acts = [with_bias(side.encode(inputs.x_BTD)).detach() for side in sides]
+    acts_q, acts_k = (with_bias(side.encode(inputs.x_BTD)).detach() for side in sides)
+    rows_q, rows_k = rows_of(inputs, sides)
     strength = strengths_of(inputs, sides, pairs) if strength is None else strength
-    return pair_scores(pairs, strength, *acts, *rows_of(inputs, sides), inputs.rule)
+    return pair_scores(pairs, strength, acts_q, acts_k, rows_q, rows_k, inputs.rule)
 
 
 def slow_map(
@@ -61,16 +62,21 @@ def slow_map(
     groups = inputs.k_BTGH.shape[2]
     acts_q, acts_k = acts or [with_bias(side.encode(inputs.x_BTD)).detach().double() for side in sides]
     left, right = (r.double() for r in rows_of(inputs, sides))
-    out = torch.zeros(batch, heads, length, length, dtype=torch.float64)
+    sums = torch.zeros(batch, heads, length, length).tolist()
     for b in range(batch):
         turns = [turn_matrix(rule.rotary, b, t, width) for t in range(length)]
         for p in range(len(pairs)):
             a, c, n = int(pairs.query_P[p]), int(pairs.key_P[p]), int(pairs.head_P[p])
             g = n // (heads // groups)
+            queries, keys = [turn @ left[a, n] for turn in turns], [turn @ right[c, g] for turn in turns]
+            factor = rule.scaling * float(strength[p])
+            on_q, on_k = acts_q[b, :, a].tolist(), acts_k[b, :, c].tolist()
             for i in range(length):
                 for j in range(length):
-                    m = 1.0 if rule.rotary is None else (turns[i] @ left[a, n]) @ (turns[j] @ right[c, g])
-                    out[b, n, i, j] += rule.scaling * strength[p] * acts_q[b, i, a] * m * acts_k[b, j, c]
+                    if on_q[i] and on_k[j]:
+                        m = 1.0 if rule.rotary is None else float(queries[i] @ keys[j])
+                        sums[b][n][i][j] += factor * on_q[i] * m * on_k[j]
+    out = torch.tensor(sums, dtype=torch.float64)
     return out if rule.softcap is None else rule.softcap * torch.tanh(out / rule.softcap)
 
 
@@ -258,7 +264,7 @@ def test_bias_rows_are_b_out() -> None:
 
 
 def test_every_gradient_reaches_its_source() -> None:
-    """Strengths, activations and (with a rotary embedding) decoder rows learn as they do through a dense float64 map."""
+    """Strengths, activations and (with a rotary embedding) decoder rows learn as through a dense float64 map."""
     for rotary in (None, "half"):
         inputs = some_inputs(39, rotary=rotary, softcap=2.0)
         sides = some_sides(inputs, widths=(4, 3))
@@ -266,7 +272,7 @@ def test_every_gradient_reaches_its_source() -> None:
         strength = strengths_of(inputs, sides, pairs).detach()
         acts = [with_bias(side.encode(inputs.x_BTD)).detach() for side in sides]
         leaves = [t.clone().requires_grad_() for t in (strength, *acts, *rows_of(inputs, sides))]
-        found = pair_scores(pairs, *leaves, inputs.rule)
+        found = pair_scores(pairs, leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], inputs.rule)
         cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
         slow = [t.detach().double().requires_grad_() for t in leaves]
         wanted = dense_map(pairs, slow, inputs.rule)

@@ -1,4 +1,4 @@
-"""Mean pattern KL and its gradients, against a float64 reference through autograd; and the random layers of other tests."""
+"""Mean pattern KL and its gradients against float64 autograd; and the random layers that other tests stand on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qkscope.pattern import AttentionInputs, PatternRule
 from qkscope.config import Activation
 from qkscope.dictionary import SparseTranscoder
 from qkscope.kernels import pattern_kl as kernel
 from qkscope.kernels.pattern_kl import pattern_kl
+from qkscope.pattern import AttentionInputs, PatternRule
 from qkscope.rotary import Rotary
 from qkscope.training.objective import PatternTarget
 
@@ -23,7 +23,7 @@ from qkscope.training.objective import PatternTarget
 
 
 def rotation(kind: str, length: int, width: int, batch: int = 1, scale: float = 1.0) -> Rotary:
-    """Tables of a rotary embedding: half-split, interleaved, or half-split on the first half of the head ("partial")."""
+    """Tables of a rotary embedding: half-split, interleaved, or half-split on half of the head ("partial")."""
     turned = width // 2 if kind == "partial" else width
     here = torch.arange(width)
     if kind == "interleaved":
@@ -81,7 +81,7 @@ def some_inputs(
         visible = visible | ~visible.any(-1, keepdim=True)
     sinks = torch.randn(heads, generator=g) if sink else None
     table = rotation(rotary, length, width, batch) if rotary else None
-    return AttentionInputs(x, *sides, PatternRule(visible, scaling, softcap, sinks, table), real)
+    return AttentionInputs(x, sides[0], sides[1], PatternRule(visible, scaling, softcap, sinks, table), real)
 
 
 def some_dictionary(
@@ -126,7 +126,7 @@ def turn_matrix(rotary: Rotary | None, b: int, t: int, width: int) -> Tensor:
 
 
 def slow_scores(rule: PatternRule, q: Tensor, k: Tensor) -> Tensor:
-    """Scaled and capped scores in float64, one number at a time; differentiable."""
+    """Scaled and capped scores in float64, row by row; differentiable."""
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     q, k = q.double(), k.double()
@@ -135,12 +135,10 @@ def slow_scores(rule: PatternRule, q: Tensor, k: Tensor) -> Tensor:
         turns = [turn_matrix(rule.rotary, b, t, width) for t in range(length)]
         for n in range(heads):
             g = n // (heads // groups)
-            queries = [turns[i] @ q[b, i, n] for i in range(length)]
-            keys = [turns[j] @ k[b, j, g] for j in range(length)]
-            for query in queries:
-                for key in keys:
-                    s = rule.scaling * (query * key).sum()
-                    out.append(s if rule.softcap is None else rule.softcap * torch.tanh(s / rule.softcap))
+            keys = torch.stack([turns[j] @ k[b, j, g] for j in range(length)])
+            for i in range(length):
+                s = rule.scaling * (keys @ (turns[i] @ q[b, i, n]))
+                out.append(s if rule.softcap is None else rule.softcap * torch.tanh(s / rule.softcap))
     return torch.stack(out).view(batch, heads, length, length)
 
 

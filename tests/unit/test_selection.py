@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def test_ladder(first: float, count: int, stages: int) -> None:
     assert counts == sorted(counts, reverse=True)
     if stages > 1:
         assert counts[0] == round(first * count)
-        for above, below in zip(counts, counts[1:], strict=False):  # equal ratios, up to rounding
+        for above, below in pairwise(counts):  # equal ratios, up to rounding
             assert abs(above - below * first ** (1 / (stages - 1))) < 1 + first ** (1 / (stages - 1))
 
 

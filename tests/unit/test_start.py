@@ -9,8 +9,8 @@ import torch
 from test_pattern_kl import LAYERS, close, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs, turn_matrix
 from torch import Tensor
 
-from qkscope.pattern import AttentionInputs
 from qkscope.config import Activation, DictionaryConfig
+from qkscope.pattern import AttentionInputs
 from qkscope.training.recipes import resolved
 from qkscope.training.start import label_seed, score_metrics, side_statistics, slopes, start
 
@@ -50,7 +50,7 @@ def slow_metrics(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_metrics_are_the_slow_loops(name: str) -> None:
-    inputs = some_inputs(21, **LAYERS[name], **({} if "groups" in LAYERS[name] else {"groups": 2}))
+    inputs = some_inputs(21, **LAYERS[name])
     for found, wanted in zip(score_metrics(inputs), slow_metrics(inputs), strict=True):
         assert wanted.diagonal(dim1=1, dim2=2).min() > 1e-4
         close(found, wanted)
@@ -170,7 +170,7 @@ def test_a_decoder_row_is_its_encoder_direction_through_the_projection(side: str
     wanted = (t.W_enc.T @ s.projection_DM).detach()
     gain = t.W_dec.detach() / wanted
     close(gain, gain.median().expand_as(gain), 1e-3)
-    assert 0 < float(gain.median())
+    assert float(gain.median()) > 0
 
 
 def test_kaiming_start_is_uniform_without_biases() -> None:

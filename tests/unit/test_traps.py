@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_controls import some_decomposition
-from test_loop import Job, fit, source
+from test_loop import OneNumber, fit, source
 from test_objective import OFF, doubled, job_for
 from test_pair_map import map_scores, pairs_of
 from test_pattern_kl import LAYERS, close, some_dictionary, some_inputs, some_sides
@@ -88,10 +87,9 @@ def test_3_the_scale_of_the_map_is_the_models_own(name: str) -> None:
     dec = some_decomposition(inputs)
     sides = svd_dictionaries(dec, side_statistics([inputs]), {"query": 1e4, "key": 1e4})
     dec.query, dec.key = sides["query"].eval(), sides["key"].eval()
-    short = replace(inputs, **{n: getattr(inputs, n)[:2] for n in ("x_BTD", "q_BTNH", "k_BTGH", "real_BT")})
-    close(dec.log_pattern_all(short).exp(), own[:2], 1e-2)
-    scores = map_scores(short, (dec.query, dec.key), pairs_of(short, (dec.query, dec.key)))
-    close(short.rule.masked(scores).softmax(-1), own[:2], 1e-2)
+    close(dec.log_pattern_all(inputs).exp(), own, 1e-2)
+    scores = map_scores(inputs, (dec.query, dec.key), pairs_of(inputs, (dec.query, dec.key)))
+    close(inputs.rule.masked(scores).softmax(-1), own, 1e-2)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
@@ -125,7 +123,7 @@ def test_5_the_output_bias_is_not_the_input_bias() -> None:
 
 def test_6_the_final_rate_is_a_share_of_each_jobs_peak(tmp_path: Path) -> None:
     """Two jobs of one training whose peaks differ ten-thousandfold: so do all of their steps, down to the last."""
-    jobs = [Job(0, 1e-3), Job(1, 10.0)]
+    jobs = [OneNumber(0, 1e-3), OneNumber(1, 10.0)]
     fit(tmp_path, jobs, warmup=0.0, decay=1.0)
     steps = [[a - b for a, b in zip(j.seen, [*j.seen[1:], float(j.weight.detach())], strict=True)] for j in jobs]
     assert [b / a for a, b in zip(*steps, strict=True)] == pytest.approx([1e4] * len(steps[0]), rel=1e-2)
@@ -141,7 +139,8 @@ def test_7_no_sequence_holds_two_documents_and_the_stream_goes_on(tmp_path: Path
     batches = take(text, 120)
     rows = rows_of([batch for batch, _ in batches])
     assert len(batches) == 120 and text.epoch >= 3
-    assert all(set(tokens) - {BOS.bos_token_id} == {5 + document} for document, _, tokens in rows)
+    bos = 1
+    assert BOS.bos_token_id == bos and all({*tokens} == {bos, 5 + document} for document, _, tokens in rows)
     train = {n for n, t in enumerate(texts) if split_of(t, 0.1) == "train"}
     assert {document for document, _, _ in rows} == train
 
@@ -180,8 +179,8 @@ def test_9_the_output_bias_is_added_once() -> None:
     q, k = (side.b_out.detach().view(4, 4) for side in sides)
     wanted = (inputs.rule.scaling * (q * k).sum(1))[None, :, None, None].expand(2, 4, 7, 7)
     assert wanted.abs().max() > 0.02
-    found = inputs.rule.scores(sides[0](inputs.x_BTD).view_as(inputs.q_BTNH), sides[1](inputs.x_BTD).view_as(inputs.k_BTGH))
-    close(found.detach(), wanted)
+    q, k = sides[0](inputs.x_BTD).view_as(inputs.q_BTNH), sides[1](inputs.x_BTD).view_as(inputs.k_BTGH)
+    close(inputs.rule.scores(q, k).detach(), wanted)
     close(map_scores(inputs, sides, pairs_of(inputs, sides)), wanted)
 
 

@@ -8,8 +8,17 @@ import pytest
 import torch
 from test_objective import OFF
 from test_pair_map import map_scores, pairs_of, slow_map, some_of, strengths_of
-from test_pattern_kl import LAYERS, close, slow_kl, slow_kl_rows, slow_mean, slow_pattern_of, slow_scores
-from test_pattern_kl import some_inputs, some_sides
+from test_pattern_kl import (
+    LAYERS,
+    close,
+    slow_kl,
+    slow_kl_rows,
+    slow_mean,
+    slow_pattern_of,
+    slow_scores,
+    some_inputs,
+    some_sides,
+)
 from torch import Tensor
 
 from qkscope.pairs.tune import MapJob
@@ -17,9 +26,7 @@ from qkscope.pattern import AttentionInputs
 from qkscope.training.objective import PatternTarget
 
 
-def some_job(
-    inputs: AttentionInputs, share: float = 1.0, tuned: bool = False, activation: Any = "batchtopk"
-) -> MapJob:
+def some_job(inputs: AttentionInputs, share: float = 1.0, tuned: bool = False, activation: Any = "batchtopk") -> MapJob:
     sides = some_sides(inputs, widths=(5, 4), activation=activation)
     pairs = some_of(pairs_of(inputs, sides), share)
     return MapJob(0, "", *sides, pairs, dictionary_rate=1e-3 if tuned else 0.0, strength_rate=1e-2)

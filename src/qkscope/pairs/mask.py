@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..dictionary import SparseTranscoder
 from ..errors import UserError
+from ..training.job import Job
 from ..training.objective import PatternTarget
 from .pair_map import Pairs, rows, with_bias
 
@@ -36,7 +37,7 @@ def _free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-class MaskJob(nn.Module):
+class MaskJob(Job):
     """The dense mask between two frozen dictionaries: [N, live query + 1, live key + 1], starting at 1."""
 
     live_q: Tensor
@@ -54,9 +55,7 @@ class MaskJob(nn.Module):
         sparsity: float,
         rate: float,
     ) -> None:
-        super().__init__()
-        self.layer, self.variant = layer, variant
-        self.query, self.key = query.eval().requires_grad_(False), key.eval().requires_grad_(False)
+        super().__init__(layer, variant, query.eval().requires_grad_(False), key.eval().requires_grad_(False))
         self.n_heads, self.sparsity, self.rate = n_heads, sparsity, rate
         self.register_buffer("live_q", live[0])
         self.register_buffer("live_k", live[1])

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..dictionary import SparseTranscoder
 from ..pattern import PatternRule
+from ..training.job import Job
 from ..training.objective import PatternTarget
 from .pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
 
 
-class MapJob(nn.Module):
-    """A sparse map between two dictionaries; parameters and buffers are its whole state."""
+class MapJob(Job):
+    """A sparse map between two dictionaries."""
 
     query_P: Tensor
     key_P: Tensor
@@ -34,9 +35,7 @@ class MapJob(nn.Module):
         dictionary_rate: float,
         strength_rate: float,
     ) -> None:
-        super().__init__()
-        self.layer, self.variant = layer, variant
-        self.query, self.key = query, key
+        super().__init__(layer, variant, query, key)
         self.n_heads = pairs.n_heads
         self.dictionary_rate, self.strength_rate = dictionary_rate, strength_rate
         self.register_buffer("query_P", pairs.query_P)

@@ -10,19 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files import read_tensors, write_tensors
-
-
-class Job(Protocol):
-    """Something that trains on one layer's pattern; also an `nn.Module` whose tensors are its whole state."""
-
-    layer: int
-    variant: str
+from .job import Job
 
 
 @dataclass
@@ -41,14 +35,10 @@ class Progress:
     """What a phase leaves to later ones (plain values)."""
 
 
-def job_name(job: Any) -> str:
-    return f"{job.variant or 'run'}|{job.layer}"
-
-
-def save(path: Path, jobs: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], at: Progress) -> None:
+def save(path: Path, jobs: Sequence[Job], optimizers: Sequence[torch.optim.Optimizer], at: Progress) -> None:
     tensors: dict[str, Tensor] = {}
     for job, optimizer in zip(jobs, optimizers, strict=True):
-        name = job_name(job)
+        name = job.name
         tensors |= {f"{name}|{key}": value for key, value in job.state_dict().items()}
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"adam|{name}|{index}|{key}": torch.as_tensor(v) for key, v in moments.items()}
@@ -63,9 +53,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], Progress] | None:
     return tensors, Progress(**metadata)
 
 
-def restore_job(job: nn.Module, tensors: dict[str, Tensor]) -> None:
+def restore_job(job: Job, tensors: dict[str, Tensor]) -> None:
     """Give a job the tensors it had, whatever their shapes are by now (a pruned map is shorter)."""
-    prefix = job_name(job) + "|"
+    prefix = job.name + "|"
     device = next(job.parameters()).device
     for name, old in [*job.named_parameters(), *job.named_buffers()]:
         value = tensors.get(prefix + name)
@@ -78,9 +68,9 @@ def restore_job(job: nn.Module, tensors: dict[str, Tensor]) -> None:
             setattr(job.get_submodule(owner), leaf, value.to(device))
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, job: nn.Module, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, job: Job, tensors: dict[str, Tensor]) -> None:
     """Give an optimiser the moments it had for this job."""
-    prefix = f"adam|{job_name(job)}|"
+    prefix = f"adam|{job.name}|"
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix):

@@ -7,7 +7,6 @@ number, and a killed run goes on from its last checkpoint to the same bits (on a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import AttentionInputs, AttentionSite, harvest
 from ..config import TrainingConfig
@@ -24,6 +23,7 @@ from ..errors import UserError
 from ..files import disk_errors
 from . import checkpoint
 from .checkpoint import Progress
+from .job import Job
 from .objective import PatternTarget
 
 FLOOR = 0.01  # the learning rate ends at this share of its peak
@@ -63,7 +63,7 @@ class Logs:
 
 def train(
     phase: str,
-    jobs: Sequence[Any],
+    jobs: Sequence[Job],
     sites: Sequence[AttentionSite],
     text: Sequences,
     tokens: int,
@@ -111,7 +111,7 @@ def train(
             for job, optimizer in zip(jobs, optimizers, strict=True):
                 if job.layer == layer:
                     log = _update(job, optimizer, target, factor, autocast, at.step)
-                    totals = sums.setdefault(checkpoint.job_name(job), {})
+                    totals = sums.setdefault(job.name, {})
                     for key, value in log.items():
                         totals[key] = totals.get(key, 0) + value
         at.step += 1
@@ -134,7 +134,7 @@ def train(
 
 
 def _update(
-    job: Any,
+    job: Job,
     optimizer: torch.optim.Optimizer,
     target: PatternTarget,
     factor: float,
@@ -147,13 +147,12 @@ def _update(
     loss, log = job.loss(target, autocast)
     if not torch.isfinite(loss.detach()):
         raise UserError(
-            f"{checkpoint.job_name(job)}: the loss is {loss.item()} at step {step}; lower the learning rate "
+            f"{job.name}: the loss is {loss.item()} at step {step}; lower the learning rate "
             "(the last checkpoint is kept)"
         )
     loss.backward()
     optimizer.step()
-    with contextlib.suppress(AttributeError):
-        job.after_step()
+    job.after_step()
     return {"loss": loss.detach(), **log}
 
 
@@ -176,8 +175,3 @@ def require_finite(inputs: AttentionInputs, layer: int, batch: Batch, step: int 
                 f"{int(batch.document_B[b])}, position {int(batch.offset_B[b]) + t}; try --training.dtype float32 "
                 "(the last checkpoint is kept)"
             )
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """The module in evaluation mode, without gradients."""
-    return module.eval().requires_grad_(False)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
+from .job import Job
 from .objective import PatternTarget, revival_loss, root_penalty
 
 AUX_FEATURES = 64  # dead features that share in the auxiliary reconstruction of a token, at the most
 
 
-class Step1Job(nn.Module):
-    """Two dictionaries and what their training needs to know; parameters and buffers are the job's whole state."""
+class Step1Job(Job):
+    """Two dictionaries, and for each feature the tokens since it last fired."""
 
     def __init__(
         self, layer: int, variant: str, config: DictionaryConfig, query: SparseTranscoder, key: SparseTranscoder
     ) -> None:
-        super().__init__()
-        self.layer, self.variant, self.config = layer, variant, config
-        self.query, self.key = query, key
+        super().__init__(layer, variant, query, key)
+        self.config = config
         for side in ("query", "key"):
             idle = torch.zeros(self.side(side).width, dtype=torch.int64, device=query.W_enc.device)
             self.register_buffer(f"{side}_idle", idle)

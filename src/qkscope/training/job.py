@@ -1,0 +1,40 @@
+"""What the training loop asks of a job: something that learns from one layer's pattern."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dictionary import SparseTranscoder
+from .objective import PatternTarget
+
+
+class Job(nn.Module):
+    """Two dictionaries of one layer and what is trained with them; parameters and buffers are its whole state.
+
+    `variant` names the pair of dictionaries within a sweep ('' without one).
+    """
+
+    def __init__(self, layer: int, variant: str, query: SparseTranscoder, key: SparseTranscoder) -> None:
+        super().__init__()
+        self.layer, self.variant = layer, variant
+        self.query, self.key = query, key
+
+    @property
+    def name(self) -> str:
+        """What tells the jobs of a run apart."""
+        return f"{self.variant or 'run'}|{self.layer}"
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters with their peak learning rate."""
+
+    @abstractmethod
+    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on one batch, and what to log of it."""
+
+    def after_step(self) -> None:
+        """What follows the optimiser's step."""
