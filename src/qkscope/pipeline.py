@@ -33,7 +33,7 @@ from .run_folder import claimed, layer_folder, require_same, variants, write_con
 from .training import checkpoint
 from .training.job import Job
 from .training.loop import Logs, harvest_finite, train
-from .training.start import side_statistics, start
+from .training.start import label_seed, side_statistics, start
 from .training.step1 import Step1Job
 
 START_TOKENS = 8192  # training tokens that a start is fitted to
@@ -157,13 +157,15 @@ class _Runner:
 
     # Text
 
-    def text(self, split: Split, *, repeat: bool, max_tokens: int | None = None) -> Sequences:
+    def text(self, split: Split, *, repeat: bool, max_tokens: int | None = None, order: str = "") -> Sequences:
+        """A stream of one split; each `order` has its own, so that stages do not all begin with the same documents."""
+        seed = self.config.training.seed
         return Sequences(
             self.config.data,
             self.sites[0].tokenizer,
             split,
             batch_tokens=self.config.training.batch_tokens,
-            seed=self.config.training.seed,
+            seed=label_seed(order, seed) % 2**31 if order else seed,
             repeat=repeat,
             max_tokens=max_tokens,
         )
@@ -241,7 +243,7 @@ class _Runner:
             phase,
             jobs,
             self.sites,
-            self.text("train", repeat=True),
+            self.text("train", repeat=True, order=phase),
             tokens,
             self.config.training,
             saved=saved,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_runs import Moment, in_another_process, kill_at, logged, report_of, require_equal, save_text, tree
 
 STEPS = 6  # of step 1 with the small options: two checkpoints before its end
-TUNE_STEPS = 4  # of each stage
+TUNE_STEPS = 3  # of each stage
 LIGHT = {
     "training.tokens": 1000,
     "pairs.tokens": 1200,
@@ -37,8 +37,8 @@ MOMENTS: dict[str, Moment] = {
     "between the layers of step 1's dictionaries": ("os.rename", "layer_1/step1.safetensors", 1),
     "in the first stage": ("open", "layer_1/metrics.jsonl", STEPS + 1),
     "after a checkpoint of the first stage": ("open", "layer_0/metrics.jsonl", STEPS + 3),
-    "in the second stage": ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 2),
-    "after a checkpoint of the second stage": ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 4),
+    "in the second stage": ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 1),
+    "after a checkpoint of the second stage": ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 3),
     "between dictionaries and pairs": ("os.rename", "layer_0/pairs.parquet", 1),
     "in the evaluation of the first layer": ("os.rename", "layer_0/features.parquet", 1),
     "in the evaluation of the second layer": ("os.rename", "layer_1/report.json", 1),
