@@ -128,6 +128,8 @@ def _condensed(box: str) -> str:
     """tyro's framed complaint, or pydantic's inside it, as one line with the option and the value."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()]
     body = [line for line in lines if line and line[0] not in "╭╰─"]
+    if len(body) > 1 and not body[1].strip("-"):  # where the terminal is not UTF-8, the title is a line of its own
+        body = [line for line in body[2:] if line.strip("-")]
     ends = [i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))]
     text = " ".join(body[: ends[0] if ends else None]).removeprefix("Error parsing ")
     found = re.match(r"(\w+): \d+ validation errors? for \w+ (?:([\w.]+) (?=Input|List|Value))?(.*?) \[type=(.*)", text)

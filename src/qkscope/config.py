@@ -201,8 +201,9 @@ def one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = known_keys()
-        last = {k.rsplit(".", 1)[-1]: k for k in known}
-        hint = nearest(key, known) or nearest(key.rsplit(".", 1)[-1], last)
+        last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+        name = key.rsplit(".", 1)[-1]
+        hint = f" (did you mean {last[name]!r}?)" if name in last else nearest(key, known) or nearest(name, last)
         return f"unknown key {key!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

@@ -221,6 +221,10 @@ def _transcoder(
             raise UserError(f"{path} has no {side}.{name}")
         if tuple(tensor.shape) != size:
             raise UserError(f"{path}: {side}.{name} has shape {tuple(tensor.shape)}, config.yaml asks for {size}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {side}.{name} holds {str(tensor.dtype).removeprefix('torch.')}, not float32")
+        if bool(tensor.isnan().any()):
+            raise UserError(f"{path}: {side}.{name} holds NaN")
     assert config.dictionary.activation is not None
     k = config.dictionary.k if query else config.dictionary.key_k
     transcoder = SparseTranscoder(shape.D, width, out, config.dictionary.activation, k)
@@ -240,6 +244,8 @@ def _read_pairs(path: Path, n_query: int, n_key: int, shape: SiteShape) -> tuple
     for name, kind in PAIR_COLUMNS.items():
         if name not in table.column_names or table.schema.field(name).type != kind:
             raise UserError(f"{path} has no column {name} of type {kind}")
+        if table[name].null_count:
+            raise UserError(f"{path}: column {name} has missing values")
     query, key, head = (torch.from_numpy(table[n].to_numpy().copy()).long() for n in list(PAIR_COLUMNS)[:3])
     inside = (query >= -1) & (query < n_query) & (key >= -1) & (key < n_key) & (head >= 0) & (head < shape.N)
     if not bool(inside.all()):

@@ -34,10 +34,10 @@ def claimed(out: Path) -> Iterator[None]:
 
     Where no run was begun (bad input found later), nothing of ours is left behind.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     with disk_errors(out):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file; name a folder")
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,12 @@ import pytest
 import small_runs
 from small_runs import Said
 
-from qkscope import pipeline
-from qkscope.evaluate import report
-
 
 @pytest.fixture(autouse=True)
-def small_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts are fitted to less text, and less of it is checked pair by pair: most of a small run's time otherwise."""
-    monkeypatch.setattr(pipeline, "START_TOKENS", small_runs.START_TOKENS)
-    monkeypatch.setattr(report, "CHECK_TOKENS", small_runs.CHECK_TOKENS)
+def small_constants() -> Iterator[None]:
+    """Small runs stay small."""
+    with small_runs.small_constants():
+        yield
 
 
 @pytest.fixture(scope="session")

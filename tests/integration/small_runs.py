@@ -19,10 +19,10 @@ import torch
 from texts import BOS, documents_of
 from tiny import tiny_model
 
+from qkscope import pipeline
 from qkscope.cli import main
+from qkscope.evaluate import report
 
-START_TOKENS = 300
-CHECK_TOKENS = 8
 OPTIONS: dict[str, Any] = {
     "layers": (0, 1),
     "data.context": 24,
@@ -51,6 +51,21 @@ def argv(out: Path, model: Path, source: Path, changes: dict[str, Any] | None = 
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
+
+
+@contextmanager
+def small_constants() -> Iterator[None]:
+    """Starts are fitted to less text, and less of it is checked pair by pair: most of a small run's time otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "START_TOKENS", 300)
+        patch.setattr(report, "CHECK_TOKENS", 8)
+        yield
+
+
+def finish(words: list[str]) -> None:
+    """Give a command that succeeds, outside of a test."""
+    with small_constants():
+        main(words)
 
 
 class Said(NamedTuple):
@@ -147,16 +162,11 @@ def _die_at(moment: Moment) -> None:
     sys.addaudithook(hook)
 
 
-def _child(words: list[str], moment: Moment | None) -> None:
-    from qkscope import pipeline
-    from qkscope.evaluate import report
-
+def _child(words: list[str], moment: Moment) -> None:
     torch.set_num_threads(1)
-    pipeline.START_TOKENS, report.CHECK_TOKENS = START_TOKENS, CHECK_TOKENS
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if moment is not None:
-        _die_at(moment)
-    main(words)
+    _die_at(moment)
+    finish(words)
 
 
 _server = multiprocessing.get_context("forkserver")
@@ -166,19 +176,10 @@ _server.set_forkserver_preload(["qkscope.pipeline", "transformers.models.gpt2.mo
 
 def kill_at(moment: Moment, words: list[str]) -> None:
     """Give a command in a process of its own, which is killed (SIGKILL) just before this moment."""
-    assert _exit_code(words, moment) == -signal.SIGKILL, f"{moment} never came"
-
-
-def in_another_process(words: list[str]) -> None:
-    """Give a command in a process of its own and let it finish."""
-    assert _exit_code(words, None) == 0
-
-
-def _exit_code(words: list[str], moment: Moment | None) -> int | None:
     child = _server.Process(target=_child, args=(words, moment))
     child.start()
     child.join(120)
-    return child.exitcode
+    assert child.exitcode == -signal.SIGKILL, f"{moment} never came (exit code {child.exitcode})"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import Moment, in_another_process, kill_at, logged, report_of, require_equal, save_text, tree
+from small_runs import Moment, finish, kill_at, logged, report_of, require_equal, save_text, tree
 
 STEPS = 6  # of step 1 with the small options: two checkpoints before its end
 TUNE_STEPS = 3  # of each stage
@@ -56,7 +56,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         key = f"{changes} {model}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
-            in_another_process(words(made[key], changes, model))
+            finish(words(made[key], changes, model))
         return made[key]
 
     return folder

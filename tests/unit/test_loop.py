@@ -11,18 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pattern_kl import some_inputs
 from texts import BOS, WORDS, data_config, documents_of, stream
 from tiny import tiny_model
 from torch import Tensor, nn
 
 from qkscope.attention import AttentionSite, open_sites
 from qkscope.config import TrainingConfig
+from qkscope.data import Batch
 from qkscope.data.documents import split_of
 from qkscope.dictionary import SparseTranscoder
 from qkscope.errors import UserError
 from qkscope.training import checkpoint
 from qkscope.training.job import Job
-from qkscope.training.loop import FLOOR, Logs, rate_at, train
+from qkscope.training.loop import FLOOR, Logs, rate_at, require_finite, train
 from qkscope.training.objective import PatternTarget
 
 # Rates -----------------------------------------------------------------------------------------------
@@ -202,14 +204,16 @@ def test_activations_that_are_not_finite_name_layer_step_document_and_position(t
     assert saved is not None and saved[1].step == step and float(saved[0]["run|0|weight"]) == float(job.weight.detach())
 
 
-def test_nan_at_padding_is_nobodys_business(tmp_path: Path) -> None:
-    model: Any = tiny_model("gpt2")
-    opened = open_sites(model, BOS, [0])
-    model.transformer.wte.weight.data[BOS.pad_token_id] = float("nan")
-    texts = documents_of([15, 9, 12] * 20)
-    job = OneNumber()
-    train(
-        "step1", [job], opened, stream(source(tmp_path, texts), repeat=True), 300, TrainingConfig(),
-        saved=None, checkpoint_path=tmp_path / "c", logs=Logs({"run|0": tmp_path / "0.jsonl"}, lambda line: None),
-    )  # fmt: skip
-    assert job.calls > 3
+def test_nan_at_padding_is_nobodys_business() -> None:
+    inputs = some_inputs(1, padding=True)
+    number = torch.arange(2)
+    batch = Batch(torch.zeros(2, 7, dtype=torch.int64), inputs.real_BT, number, number)
+    for values in (inputs.x_BTD, inputs.q_BTNH, inputs.k_BTGH):
+        values[~inputs.real_BT] = torch.nan
+        require_finite(inputs, 3, batch, 5)
+    for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
+        before = values[1, 4].clone()
+        values[1, 4] = torch.inf
+        with pytest.raises(UserError, match=f"layer 3: .* {name} .* step 5, document 1, position 5"):
+            require_finite(inputs, 3, batch, 5)
+        values[1, 4] = before

@@ -107,7 +107,7 @@ def test_every_pair_of_any_layer(seed: int, heads: tuple[int, int], widths: tupl
     inputs = some_inputs(seed, heads=heads[0], groups=heads[1], length=4, **options)
     sides = some_sides(inputs, seed, widths)
     q, k = sides[0](inputs.x_BTD).view_as(inputs.q_BTNH), sides[1](inputs.x_BTD).view_as(inputs.k_BTGH)
-    close(map_scores(inputs, sides, pairs_of(inputs, sides)), inputs.rule.scores(q, k).detach(), 2e-5)
+    close(map_scores(inputs, sides, pairs_of(inputs, sides)), inputs.rule.scores(q, k).detach(), 2e-5, floor=0.2)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -241,7 +241,7 @@ def test_any_layer(seed: int, heads: tuple[int, int], block: int, **options: Any
         g = torch.Generator().manual_seed(seed)
         q, k = (torch.randn(y.shape, generator=g) for y in (inputs.q_BTNH, inputs.k_BTGH))
         target = PatternTarget(inputs)
-        close(target.kl(q * inputs.rule.scaling, k), slow_kl(inputs, q, k), 2e-4)
+        close(target.kl(q * inputs.rule.scaling, k), slow_kl(inputs, q, k), 2e-4, floor=0.02)
     finally:
         kernel.CPU_BLOCK = whole
 

@@ -57,7 +57,7 @@ def restore_job(job: Job, tensors: dict[str, Tensor]) -> None:
     """Give a job the tensors it had, whatever their shapes are by now (a pruned map is shorter)."""
     prefix = job.name + "|"
     device = next(job.parameters()).device
-    for name, old in [*job.named_parameters(), *job.named_buffers()]:
+    for name, old in [*job.named_parameters(), *job.named_buffers(remove_duplicate=False)]:
         value = tensors.get(prefix + name)
         if value is None:
             continue

@@ -1,0 +1,112 @@
+"""What a finished run is good for: loaded, measured again, put into the running model, given again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import read_json, report_of, tree
+from torch import Tensor
+
+from qkscope import AttentionSite, Decomposition, pipeline
+from qkscope.attention import harvest
+from qkscope.kernels.row_kl import exp
+from qkscope.pairs.pair_map import pair_scores, rows, with_bias
+
+KINDS = ["gpt2", "llama", "gemma2"]
+
+
+def tokens_for(site: AttentionSite, seed: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 55, (3, 20), generator=generator)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 13:] = False
+    return tokens, real
+
+
+def logits(site: AttentionSite, tokens: Tensor, real: Tensor) -> Tensor:
+    with torch.no_grad():
+        return site.model(input_ids=tokens, attention_mask=real.long()).logits[real]
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_loaded_is_what_was_in_memory(
+    run: Callable[..., Path], models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Same scores and pattern as the job at the end of its training; same logits as its pattern source says."""
+    jobs: list[Any] = []
+    write = pipeline._Runner._write
+
+    def keep(self: Any, job: Any) -> None:
+        write(self, job)
+        jobs.append(job.eval())
+
+    monkeypatch.setattr(pipeline._Runner, "_write", keep)
+    out = run({"layers": 1}, model)
+    dec, job = Decomposition.load(out / "layer_1"), jobs[-1]
+    site = AttentionSite.load(str(models(model)), layer=1)
+    tokens, real = tokens_for(site)
+    seen = harvest([site], tokens, real)[0]
+    with torch.no_grad():
+        acts = [with_bias(side.encode(seen.x_BTD)) for side in (job.query, job.key)]
+        sides = rows(job.query, dec.shape.N), rows(job.key, dec.shape.G)
+        wanted = pair_scores(job.pairs, job.strengths(seen.rule), *acts, *sides, seen.rule)
+    assert wanted.abs().max() > 0.01
+    torch.testing.assert_close(dec.scores(seen), wanted)
+    assert (dec.query.encode(seen.x_BTD) > 0).any() and dec.pairs.query_P.shape == job.query_P.shape
+    require_patched(dec, site, tokens, real)
+
+
+def require_patched(dec: Decomposition, site: AttentionSite, tokens: Tensor, real: Tensor) -> None:
+    """Logits with the decomposition in the model's place are those of its own pattern handed in by hand."""
+    plain = logits(site, tokens, real)
+    seen = harvest([site], tokens, real)[0]
+    found = {}
+    for pairs, log_pattern in (("kept", dec.log_pattern_kept), ("all", dec.log_pattern_all)):
+        pattern = exp(log_pattern(seen))
+        torch.testing.assert_close(dec.pattern_source(pairs)(seen), pattern)
+        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
+        with site.replace_pattern(dec, pairs=pairs):
+            found[pairs] = logits(site, tokens, real)
+        with site.replace_pattern(lambda inputs, pattern=pattern: pattern):
+            torch.testing.assert_close(logits(site, tokens, real), found[pairs], rtol=1e-4, atol=1e-4)
+        assert (found[pairs] - plain).abs().max() > 1e-3
+    assert (found["kept"] - found["all"]).abs().max() > 1e-3
+    torch.testing.assert_close(logits(site, tokens, real), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("model", "method"), [("gpt2", "tune"), ("llama", "importance"), ("bert", "mask")])
+def test_evaluated_again(run: Callable[..., Path], call: Callable, model: str, method: str) -> None:
+    """`qkscope evaluate` finds the same figures, and writes what is missing."""
+    out = run({"pairs.method": method}, model)
+    before, report = tree(out), [report_of(out / f"layer_{layer}") for layer in (0, 1)]
+    seconds = read_json(out / "layer_1" / "report.json")["seconds"]
+    (out / "layer_0" / "report.json").unlink()
+    (out / "layer_0" / "examples.parquet").unlink()
+    (out / "report.html").unlink()
+    said = call(["evaluate", str(out)])
+    assert said.status == 0, said.lines
+    assert [report_of(out / f"layer_{layer}") for layer in (0, 1)] == report
+    again = read_json(out / "layer_1" / "report.json")["seconds"]
+    assert {k: v for k, v in again.items() if k != "evaluation"} == {
+        k: v for k, v in seconds.items() if k != "evaluation"
+    }
+    after = tree(out)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert {name.split("/")[-1] for name in changed} <= {"report.json", "report.html"}
+
+
+def test_given_again(run: Callable[..., Path], words: Callable[..., list[str]], call: Callable) -> None:
+    """A finished run says so and nothing is written, not even read anew; what may differ is no other run."""
+    changes = {"layers": 0, "pairs.method": "importance"}
+    out = run(changes)
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.rglob("*")}
+    for more in ({}, {"training.log-steps": 7, "training.checkpoint-steps": 3, "training.device": "auto"}):
+        said = call(words(out, {**changes, **more}))
+        assert said.status == 0
+        assert said.lines == [f"{out} is already finished; its report is {out / 'report.html'}"]
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.rglob("*")} == before
