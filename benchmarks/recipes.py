@@ -87,7 +87,16 @@ class Bench:
         """A sparse map on its own copy of a job's dictionaries."""
         query, key = (copy_of(t, self.statistics[s].metric_NHH) for s, t in (("query", job.query), ("key", job.key)))
         rate = 1e-3 if tuned else 0.0
-        return MapJob(self.args.layer, name, query, key, pairs, dictionary_rate=rate, strength_rate=1e-2)
+        return MapJob(
+            self.args.layer,
+            name,
+            query,
+            key,
+            pairs,
+            dictionary_rate=rate,
+            strength_rate=1e-2,
+            sparsity=job.config.sparsity,
+        )
 
     @torch.no_grad()
     def decomposition(self, job: Any) -> Decomposition:

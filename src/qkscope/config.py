@@ -62,7 +62,7 @@ class DictionaryConfig(Config):
     start: Literal["projection", "kaiming"] | None = None
     """Decoder rows from the model's own projection of the encoder directions, or Kaiming uniform."""
     norm: Literal["score", "decoder"] | None = None
-    """What an activation is weighed by when the largest are chosen: its effect on scores, or the decoder row's norm."""
+    """What batchtopk and jumprelu weigh an activation by: its effect on scores, or its decoder row's norm."""
     aux: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss that revives dead features; 0: none."""
     dead_after: int = Field(default=50_000, ge=1)

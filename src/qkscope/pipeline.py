@@ -300,6 +300,7 @@ class _Runner:
         return MapJob(
             job.layer, job.variant, job.query, job.key, pairs,
             dictionary_rate=rate, strength_rate=settings.strength_rate,
+            sparsity=self.names[job.variant].dictionary.sparsity or 0.0,
         )  # fmt: skip
 
     def _next_job(self, job: Job, phase: Phase) -> Any:

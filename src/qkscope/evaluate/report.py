@@ -88,7 +88,7 @@ def measure(
         "transcoders": dec.log_pattern_all,
         "map_pruned": dec.log_pattern_kept,
         "uniform": uniform_log_pattern,
-        "mean": lambda inputs: mean(inputs).log(),
+        "mean": lambda inputs: mean(inputs).clamp(min=1e-12).log(),  # never seen is not impossible
     }
     if step1 is not None:
         sources["step1"] = step1.log_pattern_all

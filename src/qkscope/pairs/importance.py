@@ -205,7 +205,7 @@ def _add_rotary(
             if width <= EXACT_WIDTH:
                 variance = _exact_variance(second[b], keys_KCH, mean, turned_q)
             else:
-                variance = _probed_variance(second[b], pattern[b], keys_KCH, mean, turned_q, seed=head)
+                variance = _probed_variance(second[b], pattern[b], keys_KCH, mean, turned_q, seed=head + 1000 * b)
             sums = variance.new_zeros(len(left), len(part)).index_add(0, active_Tm.flatten(), variance.flatten(0, 1))
             moment[:, part] += sums
 

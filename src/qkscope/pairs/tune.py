@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..dictionary import SparseTranscoder
 from ..pattern import PatternRule
 from ..training.job import Job
-from ..training.objective import PatternTarget
+from ..training.objective import PatternTarget, sparsity_loss
 from .pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
 
 
@@ -34,10 +34,12 @@ class MapJob(Job):
         *,
         dictionary_rate: float,
         strength_rate: float,
+        sparsity: float = 0.0,
     ) -> None:
         super().__init__(layer, variant, query, key)
         self.n_heads = pairs.n_heads
         self.dictionary_rate, self.strength_rate = dictionary_rate, strength_rate
+        self.sparsity = sparsity  # step 1's: without it ReLU dictionaries would grow dense to lower the KL
         self.register_buffer("query_P", pairs.query_P)
         self.register_buffer("key_P", pairs.key_P)
         self.register_buffer("head_P", pairs.head_P)
@@ -84,7 +86,18 @@ class MapJob(Job):
 
     def kl_rows(self, target: PatternTarget) -> tuple[Tensor, dict[str, Tensor]]:
         """KL of each row under the sparse map, [B, N, Q], and each side's activations [n, F]."""
-        acts = {"query": self.query.encode(target.x_nD), "key": self.key.encode(target.x_nD)}
+        kl_rows, acts, _ = self._through_map(target)
+        return kl_rows, acts
+
+    def _through_map(self, target: PatternTarget) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`kl_rows`, and the sparsity loss of both sides."""
+        acts: dict[str, Tensor] = {}
+        sparsity = target.x_nD.new_zeros(())
+        for name, side in (("query", self.query), ("key", self.key)):
+            pre = side.pre(target.x_nD)
+            acts[name] = side.activate(pre)
+            if self.dictionary_rate > 0:
+                sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
         scores = pair_scores(
             self.pairs,
             self.strengths(target.rule),
@@ -94,16 +107,16 @@ class MapJob(Job):
             rows(self.key, self.n_groups(target.rule)),
             target.rule,
         )
-        return target.kl_rows(scores), acts
+        return target.kl_rows(scores), acts, sparsity
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL(P ‖ P(sparse map)) on one batch, and what to log of it."""
-        kl_rows, acts = self.kl_rows(target)
-        loss = target.mean(kl_rows)
-        log = {"pattern_kl": loss.detach(), "pairs": torch.tensor(float(len(self.factor_P)))}
+        """KL(P ‖ P(sparse map)) and the dictionaries' sparsity on one batch, and what to log of it."""
+        kl_rows, acts, sparsity = self._through_map(target)
+        kl = target.mean(kl_rows)
+        log = {"pattern_kl": kl.detach(), "pairs": torch.tensor(float(len(self.factor_P)))}
         for side in ("query", "key"):
             log[f"l0_{side}"] = (acts[side].detach() > 0).sum(-1).float().mean()
-        return loss, log
+        return kl + sparsity, log
 
     @torch.no_grad()
     def keep(self, index: Tensor) -> None:

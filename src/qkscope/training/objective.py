@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..dictionary import SparseTranscoder
 from ..kernels.pattern_kl import pattern_kl
 from ..kernels.row_kl import exp, row_entropy, row_kl
 from ..pattern import AttentionInputs
@@ -101,6 +102,15 @@ class PatternTarget:
 def root_penalty(acts_nF: Tensor, norms_F: Tensor) -> Tensor:
     """Σ_f √(a_f·‖W_dec_f‖ + 1e-7), mean over tokens (a sum over tokens would tie the weight to the batch size)."""
     return (acts_nF * norms_F + 1e-7).sqrt().sum(-1).mean()
+
+
+def sparsity_loss(transcoder: SparseTranscoder, pre_nF: Tensor, acts_nF: Tensor, weight: float) -> Tensor:
+    """What keeps an activation sparse that is not sparse by itself: ReLU's root penalty, JumpReLU's pull of L0 to k."""
+    if weight and transcoder.activation == "jumprelu":
+        return weight * transcoder.l0_gap(pre_nF.float())
+    if weight and transcoder.activation == "relu":
+        return weight * root_penalty(acts_nF.float(), transcoder.W_dec.norm(dim=1))
+    return pre_nF.new_zeros(())
 
 
 def revival_loss(error_nM: Tensor, aux_nM: Tensor, metric_NHH: Tensor | None) -> Tensor:

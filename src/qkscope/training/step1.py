@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
 from .job import Job
-from .objective import PatternTarget, revival_loss, root_penalty
+from .objective import PatternTarget, revival_loss, sparsity_loss
 
 AUX_FEATURES = 64  # dead features that share in the auxiliary reconstruction of a token, at the most
 
@@ -45,7 +45,7 @@ class Step1Job(Job):
                 acts = transcoder.activate(pre)
                 out[side] = transcoder.decode(acts)
             dead = self._note(side, acts.detach())
-            extra = extra + self._sparsity(transcoder, pre, acts)
+            extra = extra + sparsity_loss(transcoder, pre, acts, self.config.sparsity or 0.0)
             if self.config.aux and bool(dead.any()):
                 aux = transcoder.W_dec[dead]
                 extra = extra + self.config.aux * revival_loss(
@@ -57,14 +57,6 @@ class Step1Job(Job):
         loss = 3 * both + query_only + key_only + extra
         log["pattern_kl"] = both.detach()
         return loss, log
-
-    def _sparsity(self, transcoder: SparseTranscoder, pre: Tensor, acts: Tensor) -> Tensor:
-        weight = self.config.sparsity or 0.0
-        if not weight:
-            return pre.new_zeros(())
-        if transcoder.activation == "jumprelu":
-            return weight * transcoder.l0_gap(pre.float())
-        return weight * root_penalty(acts.float(), transcoder.W_dec.norm(dim=1))
 
     @torch.no_grad()
     def _note(self, side: str, acts_nF: Tensor) -> Tensor:
