@@ -118,13 +118,13 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A frozen model in evaluation mode for "model_type" or "model_type:variant"; `changes` go into its config."""
     return copy.deepcopy(_made(name, seed)) if not changes else _make(name, seed, changes)
 
 
 @cache
-def _made(name: str, seed: int) -> nn.Module:
+def _made(name: str, seed: int) -> Any:
     return _make(name, seed, {})
 
 

@@ -100,7 +100,8 @@ def call(words: list[str], capsys: pytest.CaptureFixture[str]) -> Said:
 
 def save_model(folder: Path, name: str, **changes: Any) -> Path:
     """A tiny model and a tokenizer of one token a word, as a person would have saved them."""
-    tiny_model(name, **changes).save_pretrained(folder)
+    model: Any = tiny_model(name, **changes)
+    model.save_pretrained(folder)
     BOS.save_pretrained(folder)
     return folder
 

@@ -51,9 +51,9 @@ def test_loaded_is_what_was_in_memory(
     tokens, real = tokens_for(site)
     seen = harvest([site], tokens, real)[0]
     with torch.no_grad():
-        acts = [with_bias(side.encode(seen.x_BTD)) for side in (job.query, job.key)]
-        sides = rows(job.query, dec.shape.N), rows(job.key, dec.shape.G)
-        wanted = pair_scores(job.pairs, job.strengths(seen.rule), *acts, *sides, seen.rule)
+        acts_q, acts_k = (with_bias(side.encode(seen.x_BTD)) for side in (job.query, job.key))
+        rows_q, rows_k = rows(job.query, dec.shape.N), rows(job.key, dec.shape.G)
+        wanted = pair_scores(job.pairs, job.strengths(seen.rule), acts_q, acts_k, rows_q, rows_k, seen.rule)
     assert wanted.abs().max() > 0.01
     torch.testing.assert_close(dec.scores(seen), wanted)
     assert (dec.query.encode(seen.x_BTD) > 0).any() and dec.pairs.query_P.shape == job.query_P.shape

@@ -228,8 +228,8 @@ def test_out_is_locked(words: Words, call: Callable, tmp_path: Path) -> None:
 
 def poisoned_model(folder: Path, token: int) -> Path:
     """gpt2 whose embedding of one token is NaN."""
-    model = tiny_model("gpt2", tie_word_embeddings=False)
-    model.transformer.wte.weight.data[token] = float("nan")  # type: ignore[union-attr]
+    model: Any = tiny_model("gpt2", tie_word_embeddings=False)
+    model.get_parameter("transformer.wte.weight").data[token] = float("nan")
     model.save_pretrained(folder)
     BOS.save_pretrained(folder)
     return folder

@@ -40,7 +40,7 @@ def test_help_names_every_field(call: Callable, monkeypatch: pytest.MonkeyPatch,
 
 def test_every_field_says_what_it_means() -> None:
     """Its docstring is what --help shows."""
-    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (config, cli))
+    source = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (config, cli))
     for key in fields(RunCommand):
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf'^    {name}: .*\n    """', source, re.M) or key.startswith("sweep."), key
