@@ -79,7 +79,7 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         there = require_same(out, config)
         remove_leftovers(out)
         finished = Run(out, config)
-        if there and _is_done(finished, names):
+        if there and _has_all(finished, ("report.json",)) and (out / "report.html").exists():
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
             return finished
         _require_values(config)
@@ -95,21 +95,19 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
             if not (out / name / "config.yaml").exists():
                 write_config(out / name, single, shapes, str(device))
-        runner.train()
+        if not _has_all(finished, ("dictionaries.safetensors", "pairs.parquet")):  # a lost report is no lost training
+            runner.train()
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
         (out / "checkpoint.safetensors").unlink(missing_ok=True)
         reporter.message(f"report: {out / 'report.html'}")
     return finished
 
 
-def _is_done(finished: Run, names: dict[str, RunConfig]) -> bool:
-    reports = [
-        layer_folder(folder, layer) / "report.json"
-        for folder in finished.folders.values()
-        for layer in finished.config.layers
-    ]
-    left = finished.folder / "checkpoint.safetensors"
-    return all(r.exists() for r in reports) and (finished.folder / "report.html").exists() and not left.exists()
+def _has_all(run: Run, names: tuple[str, ...]) -> bool:
+    """Whether every layer of a run that no checkpoint is left of has these files."""
+    layers = [layer_folder(folder, layer) for folder in run.folders.values() for layer in run.config.layers]
+    left = run.folder / "checkpoint.safetensors"
+    return not left.exists() and all((layer / name).exists() for layer in layers for name in names)
 
 
 def _require_values(config: RunConfig) -> None:

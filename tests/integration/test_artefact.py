@@ -110,3 +110,16 @@ def test_given_again(run: Callable[..., Path], words: Callable[..., list[str]], 
         assert said.status == 0
         assert said.lines == [f"{out} is already finished; its report is {out / 'report.html'}"]
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.rglob("*")} == before
+
+
+def test_a_lost_report_is_made_anew(run: Callable[..., Path], words: Callable[..., list[str]], call: Callable) -> None:
+    """Without training again: the dictionaries and pairs stay the files they were."""
+    changes = {"layers": 0, "pairs.method": "importance", "training.seed": 5}
+    out = run(changes)
+    kept = [out / "layer_0" / name for name in ("dictionaries.safetensors", "pairs.parquet", "metrics.jsonl")]
+    before = [(p.stat().st_mtime_ns, p.read_bytes()) for p in kept]
+    report = report_of(out / "layer_0")
+    (out / "layer_0" / "report.json").unlink()
+    assert call(words(out, changes)).status == 0
+    assert [(p.stat().st_mtime_ns, p.read_bytes()) for p in kept] == before
+    assert report_of(out / "layer_0")["pattern_kl"] == report["pattern_kl"]
