@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo_model.py .demo
 	$(BIN)/qkscope run --model .demo/model --data.source .demo/stories.parquet --layers 0 1 2 --out runs/demo \
 	  --data.context 128 --dictionary.width 300 --dictionary.k 8 --training.tokens 400000 \
-	  --pairs.count 2000 --pairs.tokens 200000
+	  --pairs.count 2000 --pairs.tokens 200000 --evaluation.tokens 16384
 
 # The stamp is the last thing written and the first thing removed, so an environment without it is one that an
 # interrupted install left: it is made anew. One with it is brought up to date in place.
