@@ -4,10 +4,11 @@
 
 1. Step 1: `seed` at each sparsity given; then `default` with as many active features a side as each of them has on
    held-out text (k and k_key apart). Same tokens, same order, same context.
-2. Pairs: from the dictionaries of the sparsest `seed` and its match, pattern KL at several pair counts by importance,
-   importance + refit, prune and tune, the trained mask, and mask + refit; every training sees the same tokens.
+2. Pairs: for each of the dictionaries, or those named, pattern KL at several pair counts by importance, importance +
+   refit, prune and tune, the trained mask (cut to the count by importance), and mask + refit. Every training sees
+   `--pair-tokens`, mask + refit twice that, and tune at a count before its last one less.
 
-Figures are means over held-out tokens with 95 % intervals over sequences; wall times are those of this machine.
+Figures are means over held-out tokens with 95 % intervals over sequences; seconds are processor time of one thread.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ class Bench:
         )
 
     def fit(self, jobs: list[Any], tokens: int) -> float:
-        """Train jobs side by side; wall seconds."""
-        began = time.monotonic()
+        """Train jobs side by side; processor seconds."""
+        began = time.process_time()
         logs = Logs({f"{j.variant}|{j.layer}": self.folder / f"{j.variant}.jsonl" for j in jobs}, lambda line: None)
         train(
             "bench", jobs, [self.site], self.text("train", repeat=True), tokens, self.config,
@@ -76,7 +78,7 @@ class Bench:
                 job.query.calibrate(x)
                 job.key.calibrate(x)
             job.eval()
-        return time.monotonic() - began
+        return time.process_time() - began
 
     def step1(self, name: str, config: DictionaryConfig) -> Step1Job:
         config = resolved(config)
@@ -152,6 +154,20 @@ class Bench:
         return score.kl.figure()
 
 
+class Results:
+    """What was measured so far: a printed line and an entry of the JSON file for each row, as soon as it is known."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path = args.json
+        self.found: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "step1": [], "pairs": []}
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        self.found[table].append(row)
+        show(row)
+        if self.path:
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
 def copy_of(transcoder: Any, metric: torch.Tensor) -> Any:
     """An independent copy of a dictionary, its metric included."""
     other = type(transcoder)(*transcoder.W_enc.shape, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)
@@ -160,7 +176,7 @@ def copy_of(transcoder: Any, metric: torch.Tensor) -> Any:
     return other
 
 
-def step1_table(bench: Bench, rows_out: list[dict[str, Any]]) -> dict[str, Step1Job]:
+def step1_table(bench: Bench, out: Results) -> dict[str, Step1Job]:
     """Train `seed` at each sparsity, `default` at the L0 each reaches; print and collect."""
     args = bench.args
     seeds = {
@@ -175,8 +191,7 @@ def step1_table(bench: Bench, rows_out: list[dict[str, Any]]) -> dict[str, Step1
     matches: dict[str, DictionaryConfig] = {}
     for name, job in seeds.items():
         row = {"dictionaries": name, "seed": bench.seed, "seconds": took / len(seeds), **bench.judge(job)}
-        rows_out.append(row)
-        show(row)
+        out.add("step1", row)
         for width in args.default_width:
             label = f"default w={width} at {name}'s L0"
             matches[label] = DictionaryConfig(
@@ -186,24 +201,22 @@ def step1_table(bench: Bench, rows_out: list[dict[str, Any]]) -> dict[str, Step1
     took = bench.fit(list(defaults.values()), args.tokens)
     for name, job in defaults.items():
         row = {"dictionaries": name, "seed": bench.seed, "seconds": took / len(defaults), **bench.judge(job)}
-        rows_out.append(row)
-        show(row)
+        out.add("step1", row)
     return jobs | defaults
 
 
-def pair_table(bench: Bench, name: str, job: Step1Job, rows_out: list[dict[str, Any]]) -> None:
+def pair_table(bench: Bench, name: str, job: Step1Job, out: Results) -> None:
     """Every way to prune one pair of dictionaries; print and collect."""
     counts, tokens = sorted(bench.args.counts, reverse=True), bench.args.pair_tokens
-    began = time.monotonic()
+    began = time.process_time()
     ranked, importance = rank_pairs(bench.sample, job.query.eval(), job.key.eval(), max(counts[0] * 4, 50_000))
-    ranking = time.monotonic() - began
+    ranking = time.process_time() - began
     whole = bench.judge(job)
 
     def note(method: str, made: MapJob, seconds: float) -> None:
         row = {"dictionaries": name, "seed": bench.seed, "method": method, "seconds": seconds, **bench.judge(made)}
         row["all_pairs_kl"] = whole["pattern_kl"]
-        rows_out.append(row)
-        show(row)
+        out.add("pairs", row)
 
     refits = []
     for count in counts:
@@ -213,36 +226,40 @@ def pair_table(bench: Bench, name: str, job: Step1Job, rows_out: list[dict[str, 
     took = bench.fit(refits, tokens)
     for made in refits:
         note("importance + refit", made, ranking + took / len(refits))
-    tuned = bench.map_job("tune", job, ranked.take(top(importance, counts[0] * 2)), tuned=True)
-    spent = ranking + bench.fit([tuned], tokens)
-    for count in counts:
-        tuned.eval()
+    tuned = bench.map_job("tune", job, ranked, tuned=True)
+    spent = ranking
+    for number, count in enumerate([counts[0] * 2, *counts]):
         worth = pair_importance(tuned.pairs, bench.sample, tuned.query, tuned.key)
         tuned.keep(top(worth * tuned.factor_P.detach().square(), count))
         tuned.train()
-        spent += bench.fit([tuned], tokens)
-        note("prune and tune", tuned, spent)
+        spent += bench.fit([tuned], tokens // (len(counts) + 1))
+        if number:
+            note("prune and tune", tuned, spent)
+    if bench.seed in bench.args.mask_seeds:
+        mask_rows(bench, job, note)
+
+
+def mask_rows(bench: Bench, job: Step1Job, note: Callable[[str, MapJob, float], None]) -> None:
+    """The published step 2, and a refit of what it leaves."""
+    args, metric = bench.args, {s: v.metric_NHH for s, v in bench.statistics.items()}
     live = firing_features(bench.sample, job.query, job.key)
-    masks = [
-        MaskJob(bench.args.layer, f"mask{s:g}", copy_of(job.query, bench.statistics["query"].metric_NHH),
-                copy_of(job.key, bench.statistics["key"].metric_NHH), live, bench.shape.N, sparsity=s, rate=1e-2)
-        for s in bench.args.mask_sparsity
-    ]  # fmt: skip
-    took = bench.fit(masks, tokens * bench.args.mask_times)
-    again = []
-    for mask in masks:
+    for sparsity in args.mask_sparsity:
+        query, key = copy_of(job.query, metric["query"]), copy_of(job.key, metric["key"])
+        mask = MaskJob(args.layer, "mask", query, key, live, bench.shape.N, sparsity=sparsity, rate=1e-2)
+        took = bench.fit([mask], args.pair_tokens)
         pairs, values = mask.kept()
-        made = bench.map_job("mask", job, pairs, tuned=False)
-        with torch.no_grad():
-            made.factor_P.copy_(values)
-        if len(pairs) > counts[0] * 2:  # cut to a comparable count by the importance of what the mask left
-            worth = pair_importance(pairs, bench.sample, job.query, job.key) * values.square()
-            made.keep(top(worth, counts[0]))
-        note(f"mask λ={mask.sparsity:g}", made, took / len(masks))
-        again.append(made)
-    spent = took / len(masks) + bench.fit(again, tokens) / len(again)
-    for mask, made in zip(masks, again, strict=True):
-        note(f"mask λ={mask.sparsity:g} + refit", made, spent)
+        worth = pair_importance(pairs, bench.sample, query, key) * values.square()
+        refits = []
+        for count in sorted(args.counts, reverse=True):
+            index = top(worth, count)
+            made = bench.map_job(f"mask{count}", job, pairs.take(index), tuned=False)
+            with torch.no_grad():
+                made.factor_P.copy_(values[index])
+            note(f"mask λ={sparsity:g} (left {len(pairs):,})", made, took)
+            refits.append(made)
+        spent = took + bench.fit(refits, args.pair_tokens) / len(refits)
+        for made in refits:
+            note(f"mask λ={sparsity:g} + refit", made, spent)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -250,7 +267,7 @@ def show(row: dict[str, Any]) -> None:
     kl = row["pattern_kl"]
     parts = [
         f"{row['dictionaries']:<34}",
-        f"{row.get('method', 'all pairs (q̂k̂)'):<22}",
+        f"{row.get('method', 'all pairs (q̂k̂)'):<30}",
         f"pairs {row['pairs']:>7,}" if "pairs" in row else " " * 13,
         f"KL {kl['mean']:.4f} ±{kl['ci95'][1] - kl['mean']:.4f}",
         f"ΔCE {row['ce_increase']['mean']:.4f}",
@@ -277,22 +294,20 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--pairs-of", nargs="*", default=[], help="names of dictionaries whose pairs are pruned")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 4000, 16_000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 4000])
     parser.add_argument("--pair-tokens", type=int, default=200_000)
     parser.add_argument("--mask-sparsity", type=float, nargs="+", default=[1e-6])
-    parser.add_argument("--mask-times", type=int, default=1, help="how many times the pair tokens the mask trains for")
+    parser.add_argument("--mask-seeds", type=int, nargs="*", default=[0], help="seeds that train the mask too")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
-    out: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "step1": [], "pairs": []}
+    out = Results(args)
     for seed in args.seeds:
         bench = Bench(args, seed)
-        out["uniform_kl"] = bench.uniform()
-        print(f"seed {seed}: uniform pattern {out['uniform_kl']['mean']:.3f} nats", flush=True)
-        jobs = step1_table(bench, out["step1"])
+        out.found["uniform_kl"] = uniform = bench.uniform()
+        print(f"seed {seed}: uniform pattern {uniform['mean']:.3f} nats", flush=True)
+        jobs = step1_table(bench, out)
         for name in jobs if args.pairs_of == ["all"] else args.pairs_of:
-            pair_table(bench, name, jobs[name], out["pairs"])
-        if args.json:
-            args.json.write_text(json.dumps(out, indent=1) + "\n")
+            pair_table(bench, name, jobs[name], out)
 
 
 if __name__ == "__main__":

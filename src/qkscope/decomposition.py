@@ -206,6 +206,8 @@ def _transcoder(
 ) -> SparseTranscoder:
     query = side == "query"
     width = config.dictionary.width if query else config.dictionary.key_width
+    if (found := tensors.get(f"{side}.W_enc")) is not None and found.ndim == 2:
+        width = min(width, found.shape[1])  # narrower where tune dropped the features that no pair names
     out = (shape.N if query else shape.G) * shape.H
     wanted = {
         "W_enc": (shape.D, width),

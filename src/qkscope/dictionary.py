@@ -51,6 +51,13 @@ class SparseTranscoder(nn.Module):
         """Compare sizes in the norm √Σ_h w_hᵀ C_h w_h of decoder rows; None: in the plain norm."""
         self.metric = None if metric_NHH is None else metric_NHH.clone()
 
+    @torch.no_grad()
+    def keep(self, index: Tensor) -> None:
+        """Narrow to these features, in this order."""
+        for name, dim in (("W_enc", 1), ("b_enc", 0), ("W_dec", 0), ("threshold", 0)):
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(old.index_select(dim, index), requires_grad=old.requires_grad))
+
     def norms(self) -> Tensor:
         """What an activation is multiplied by to give a size, [F]; not differentiated."""
         w = self.W_dec.detach()
@@ -77,7 +84,7 @@ class SparseTranscoder(nn.Module):
         norms = self.norms()
         sizes = acts.detach() * norms
         if self.activation == "topk":
-            chosen = sizes.topk(round(self.k), dim=-1).indices
+            chosen = sizes.topk(min(round(self.k), self.width), dim=-1).indices
             return acts * torch.zeros_like(acts).scatter_(-1, chosen, 1.0)
         if self.activation == "jumprelu":
             return _JumpReLU.apply(acts, self.threshold, norms)  # type: ignore[return-value]

@@ -312,6 +312,7 @@ class _Runner:
             require_memory(len(live[0]), len(live[1]), self._n_heads(job.layer), self.device)
             return self._mask_job(job, live)
         chosen = self._ranked(job, phase.count)
+        chosen.keep(torch.arange(len(chosen.pairs), device=self.device))
         chosen.train()
         return chosen
 

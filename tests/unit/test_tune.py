@@ -158,3 +158,27 @@ def test_pruning_keeps_pairs_and_their_factors(rotary: str | None) -> None:
     scores = map_scores(inputs, (job.query, job.key), wanted, strength[index.sort().values])
     close(rows.detach(), PatternTarget(inputs).kl_rows(scores), 1e-5)
     trained(job, inputs)  # a new optimiser takes up the shorter parameter
+
+
+@pytest.mark.parametrize("rotary", [None, "half"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_tune_drops_features_with_their_last_pair(rotary: str | None, activation: str) -> None:
+    """Bias pairs and numbering included: the map is the same one, and every feature left is in a pair."""
+    inputs = some_inputs(59, rotary=rotary)
+    job = some_job(inputs, tuned=True, activation=activation)
+    gone_q, gone_k = 1, 0
+    pairs = job.pairs
+    index = ((pairs.query_P != gone_q) & (pairs.key_P != gone_k)).nonzero()[:, 0]
+    frozen = some_job(inputs, activation=activation)
+    frozen.keep(index)
+    job.eval()
+    job.keep(index)
+    assert (job.query.width, job.key.width) == (4, 3) and (frozen.query.width, frozen.key.width) == (5, 4)
+    assert job.pairs.query_P.unique().tolist() == [0, 1, 2, 3, 4] and job.pairs.key_P.unique().tolist() == [0, 1, 2, 3]
+    if activation != "topk":  # there the features that are left take the places of the ones that went
+        found, wanted = (j.kl_rows(PatternTarget(inputs))[0].detach() for j in (job, frozen.eval()))
+        close(found, wanted, 1e-6)
+    close(job.strengths(inputs.rule).detach(), frozen.strengths(inputs.rule).detach(), 1e-6)
+    job.train()
+    trained(job, inputs, 2)
+    assert all(p.grad is not None for name, p in job.named_parameters() if name.endswith(("W_enc", "W_dec")))

@@ -140,6 +140,7 @@ def measure(
         "tokens": {"evaluated": tokens, "sequences": sequences},
         **{key: {side: found[side][key] for side in SIDES} for key in ("l0", "dead", "dense", "live")},
         "width": {"query": dec.query.width, "key": dec.key.width},
+        "width_trained": {"query": dec.config.dictionary.width, "key": dec.config.dictionary.key_width},
         "log10_density": {"edges": HISTOGRAM_EDGES, **{side: found[side]["log10_density"] for side in SIDES}},
         "pairs": _pair_report(dec, found, active, {s: k.kl.figure() for s, k in curve_kl.items()}, curve),
         "map_all_check": {"largest_log_pattern_difference": check, "positions": CHECK_TOKENS},
@@ -212,7 +213,8 @@ def _pair_report(
     curve: dict[float, tuple[Pairs, Tensor]],
 ) -> dict[str, Any]:
     kept, heads = len(dec.pairs), dec.shape.N
-    total = (dec.query.width + 1) * (dec.key.width + 1) * heads
+    trained = dec.config.dictionary  # tune drops features with their last pair; a share is of what it began with
+    total = (trained.width + 1) * (trained.key_width + 1) * heads
     live = (found["query"]["live"] + 1) * (found["key"]["live"] + 1) * heads
     bias_q, bias_k = dec.pairs.query_P == dec.pairs.n_query, dec.pairs.key_P == dec.pairs.n_key
     worth = dec.importance_P.sum().clamp(min=1e-30)
