@@ -19,6 +19,7 @@ from .config import RunConfig
 from .data import Sequences, check_text
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
+from .embedded import with_defaults
 from .errors import UserError
 from .evaluate.run import evaluate_run
 from .files import remove_leftovers
@@ -74,7 +75,7 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     """
     out = Path(out)
     with claimed(out), Reporter(quiet) as reporter:
-        names = variants(config)
+        names = variants(with_defaults(config))
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
         remove_leftovers(out)
@@ -111,12 +112,12 @@ def _has_all(run: Run, names: tuple[str, ...]) -> bool:
 
 
 def _require_values(config: RunConfig) -> None:
-    if config.model is None:
-        raise UserError("--model is missing; name a Hugging Face model or a folder that holds one")
     if not config.layers:
         raise UserError("--layers is missing; name the layers to decompose, e.g. --layers 2 6 10")
     if config.data.source is None:
-        raise UserError("--data.source is missing; name a .txt, .jsonl or .parquet file or a Hugging Face dataset")
+        raise UserError(
+            "--data.source is missing; name a .txt, .jsonl or .parquet file, a Hugging Face dataset, or embedded"
+        )
 
 
 def _require_context(config: RunConfig, model: Any) -> None:

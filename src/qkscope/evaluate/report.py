@@ -94,7 +94,7 @@ def measure(
         sources["step1"] = step1.log_pattern_all
     others: dict[str, Any] = {}
     if controls:
-        l0 = _sample_l0(dec, sample)
+        l0 = sample_l0(dec, sample)
         others = {name: c.log_pattern_all for name, c in untrained(dec, sample, l0).items()}
         pairs, strength = shuffled_pairs(dec)
         others["shuffled"] = lambda inputs: _masked(inputs, dec.scores(inputs, pairs, strength))
@@ -158,7 +158,8 @@ def _masked(inputs: AttentionInputs, scores: Tensor) -> Tensor:
     return inputs.rule.masked(scores).log_softmax(-1)
 
 
-def _sample_l0(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, float]:
+def sample_l0(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, float]:
+    """Active features a side on the first of a sample: what the controls get."""
     totals = dict.fromkeys(SIDES, 0.0)
     count = 0
     for inputs in sample[:16]:
