@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pattern_kl import some_inputs
+from layers import some_inputs
 from texts import BOS, WORDS, data_config, documents_of, stream
 from tiny import tiny_model
 from torch import Tensor, nn

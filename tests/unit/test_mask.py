@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_objective import OFF
-from test_pair_map import map_scores, pairs_of, slow_map, strengths_of
-from test_pattern_kl import (
+from layers import (
     LAYERS,
+    OFF,
     close,
+    map_scores,
+    pairs_of,
     slow_kl,
     slow_kl_rows,
+    slow_map,
     slow_mean,
     slow_pattern_of,
     slow_scores,
     some_inputs,
     some_sides,
+    strengths_of,
 )
 from torch import Tensor
 

@@ -8,8 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pair_map import pairs_of, slow_map, some_of
-from test_pattern_kl import slow_kl_rows, slow_mean, slow_pattern_of, slow_scores, some_inputs, some_sides
+from layers import (
+    pairs_of,
+    slow_kl_rows,
+    slow_map,
+    slow_mean,
+    slow_pattern_of,
+    slow_scores,
+    some_inputs,
+    some_of,
+    some_sides,
+)
 
 from qkscope.pairs.selection import LADDER, fewest, ladder, map_kl, top
 from qkscope.pairs.tune import MapJob

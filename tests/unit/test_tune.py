@@ -6,18 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_objective import OFF
-from test_pair_map import map_scores, pairs_of, slow_map, some_of, strengths_of
-from test_pattern_kl import (
+from layers import (
     LAYERS,
+    OFF,
     close,
+    map_scores,
+    pairs_of,
     slow_kl,
     slow_kl_rows,
+    slow_map,
     slow_mean,
     slow_pattern_of,
     slow_scores,
     some_inputs,
+    some_of,
     some_sides,
+    strengths_of,
 )
 from torch import Tensor
 
