@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,17 +211,59 @@ def test_out_cannot_be_made(words: Words, call: Callable) -> None:
     call(words(Path("/tmp") / ("x" * 300))).complaint("File name too long; choose another --out")
 
 
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """As if another process were writing in the folder."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def test_out_is_locked(words: Words, call: Callable, tmp_path: Path) -> None:
     """Also before the other process has written its config.yaml: its lock and folder must stay."""
     out = tmp_path / "run"
     out.mkdir()
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with taken(out):
         call(words(out)).complaint("--out", "another process is writing there")
         assert (out / ".lock").exists()
-    finally:
-        os.close(lock)
+
+
+def test_out_cannot_be_locked(words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems know no locks: that is not another process."""
+
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    call(words(tmp_path / "run")).complaint("--out", "cannot be locked (No locks available)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_a_run_that_is_locked(finished: Path, call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "layer_0" / ".report.json.12345.tmp").write_text("of a process that was killed")
+    before = tree(out)
+    with taken(out):
+        said = call(["evaluate", str(out)])
+        assert said.complaint("another process is writing there") and "--out" not in said.lines[-1]
+    assert tree(out) == before
+    assert call(["evaluate", str(out)]).status == 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_evaluating_a_member_of_a_sweep_that_is_locked(run: Callable[..., Path], call: Callable) -> None:
+    """A sweep's run writes in its members' folders too: its lock is theirs."""
+    out = run({"sweep.k": (2, 4), "layers": 0, "pairs.method": "importance"})
+    with taken(out):
+        call(["evaluate", str(out / "k2")]).complaint(f"{out / 'k2'}: another process is writing there")
+    (out / "checkpoint.safetensors").write_bytes(b"")
+    call(["evaluate", str(out / "k2")]).complaint(f"{out / 'k2'}: ", "is not finished")
+    (out / "checkpoint.safetensors").unlink()
+    assert call(["evaluate", str(out / "k2")]).status == 0
 
 
 # In the middle of a run
@@ -409,5 +452,6 @@ def test_evaluating_a_run_that_is_not_finished(words: Words, call: Callable, tmp
     out = tmp_path / "run"
     moment: Moment = ("os.rename", "layer_0/dictionaries.safetensors", 1)
     kill_at(moment, words(out, {"layers": 0}))
-    said = call(["evaluate", str(out)])
-    assert said.status == 2 and "dictionaries.safetensors is missing" in said.lines[-1]
+    before = tree(out)
+    call(["evaluate", str(out)]).complaint(f"{out}: ", "is not finished", "give the command that began it")
+    assert tree(out) == before
