@@ -91,10 +91,25 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of `write_tensors`; a missing or damaged file is a `UserError`."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `read_tensors` gives beside the tensors, without reading them."""
+    with _opened(path) as file:
+        return _metadata(file)
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get("qkscope", "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("qkscope", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:

@@ -18,14 +18,17 @@ import yaml
 from pydantic import ValidationError
 
 from . import __version__
-from .config import DictionaryConfig, RunConfig, build, one_line
+from .config import DictionaryConfig, PairsConfig, RunConfig, build, one_line
 from .decomposition import read_run
 from .errors import UserError
 from .files import disk_errors, write_text
+from .training import checkpoint
 from .training.recipes import resolved
 
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = {("training", "device"), ("training", "checkpoint_steps"), ("training", "log_steps")}
+FREE = {"training.device", "training.checkpoint_steps", "training.log_steps"}
+# What else may until step 2 has begun. (Step 1 depends on `importance_tokens`: its starts are fitted to that sample.)
+FREE_AFTER_STEP1 = {f"pairs.{name}" for name in PairsConfig.model_fields} - {"pairs.importance_tokens"}
 
 
 @contextmanager
@@ -91,12 +94,25 @@ def require_same(out: Path, config: RunConfig) -> bool:
         return False
     there, here = _flat(read_run(out)["run"]), _flat(plain(config))
     for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key) and tuple(key.split(".")) not in FREE:
+        if there.get(key) != here.get(key) and key not in FREE:
+            if key in FREE_AFTER_STEP1 and _stands_at_step1(out):
+                continue
             raise UserError(
                 f"--out {out}: holds another run ({key} is {there.get(key)!r} there, {here.get(key)!r} here); "
                 "choose another --out, or give the command that began it to go on with it"
             )
     return True
+
+
+def _stands_at_step1(out: Path) -> bool:
+    """Whether a checkpoint of step 1 is there, and nothing yet of what follows from it."""
+    saved = checkpoint.progress(out / "checkpoint.safetensors")
+    return saved is not None and saved.phase == "step1" and not any(out.rglob("pairs.parquet"))
+
+
+def recorded(folder: Path, config: RunConfig) -> bool:
+    """Whether config.yaml is there and holds this run's step 2, which may have been changed after step 1."""
+    return (folder / "config.yaml").exists() and read_run(folder)["run"].get("pairs") == plain(config)["pairs"]
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -308,11 +308,29 @@ def test_activations_that_are_not_finite(words: Words, call: Callable, tmp_path:
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-def test_a_mask_that_cannot_fit(words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_cannot_fit(
+    words: Words, call: Callable, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before step 1 as what may be, after it as what is; then the same folder goes on, in this or another way."""
+    masked = {"pairs.method": "mask"}
     monkeypatch.setattr(mask, "_free_memory", lambda: 1000)
-    said = call(words(tmp_path / "run", {"pairs.method": "mask", "layers": 0}))
-    assert said.status == 2 and said.lines[-1].startswith("qkscope: --pairs.method mask: ")
+    said = call(words(tmp_path / "run", masked))
+    assert said.status == 2 and said.lines[-1].startswith("qkscope: --pairs.method mask: 2 masks of at most ")
     assert "use --pairs.method tune" in said.lines[-1]
+    warned = [line for line in said.lines if "may be refused after step 1" in line]
+    assert len(warned) == 1 and warned[0] == said.lines[1] and "2 masks of at most 33 x 33 x 4 take " in warned[0]
+    shutil.copytree(tmp_path / "run", tmp_path / "tuned")
+    again = call(words(tmp_path / "run", masked))
+    assert again.status == 2 and [line.split(",")[0] for line in again.lines[1:-1]] == ["going on from step1"]
+    call(words(tmp_path / "run", {"pairs.method": "mask", "dictionary.k": 3})).complaint("holds another run")
+    monkeypatch.undo()
+    assert call(words(tmp_path / "run", masked)).status == 0
+    assert call(words(tmp_path / "tuned")).status == 0
+    for layer in ("layer_0", "layer_1"):
+        require_equal(run(name="fresh") / layer, tmp_path / "tuned" / layer)
+    assert yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())["run"]["pairs"]["method"] == "tune"
+    # Nothing else but the way is open, and only until step 2 has begun.
+    call(words(tmp_path / "tuned", masked)).complaint("holds another run (pairs.method is 'tune' there, 'mask' here)")
 
 
 def test_a_full_disk(words: Words, call: Callable, run: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import read_tensors, write_tensors
+from ..files import read_metadata, read_tensors, write_tensors
 from .job import Job
 
 
@@ -51,6 +51,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], Progress] | None:
         return None
     tensors, metadata = read_tensors(path)
     return tensors, Progress(**metadata)
+
+
+def progress(path: Path) -> Progress | None:
+    """How far the last checkpoint is, without its tensors; None where there is none."""
+    return Progress(**read_metadata(path)) if path.exists() else None
 
 
 def restore_job(job: Job, tensors: dict[str, Tensor]) -> None:
