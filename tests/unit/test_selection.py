@@ -105,7 +105,7 @@ def test_map_kl_is_a_mean_over_tokens_of_all_batches() -> None:
 
 
 def test_phases_of_step_two() -> None:
-    """tune's counts fall to the asked one, and under a bound by halves below it; the tokens are all stages' together."""
+    """tune's counts fall to the asked one, and under a bound by halves below it; the tokens are those of all stages."""
     config = PairsConfig(count=1000, tokens=400, stages=4, first=8)
     assert [(p.name, p.count, p.tokens, p.spare) for p in phases_of(config)] == [
         ("tune1", 8000, 100, False), ("tune2", 4000, 100, False), ("tune3", 2000, 100, False),
