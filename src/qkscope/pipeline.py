@@ -37,6 +37,7 @@ from .training.loop import Logs, harvest_finite, train
 from .training.start import label_seed, side_statistics, start
 from .training.step1 import Step1Job
 
+TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 START_TOKENS = 8192  # training tokens that a start is fitted to
 
 
@@ -68,7 +69,7 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         there = require_same(out, config)
         remove_leftovers(out)
         finished = Run(out, config)
-        if there and _has_all(finished, ("report.json",)) and (out / "report.html").exists():
+        if there and _has_all(finished, (*TRAINED, "report.json")) and (out / "report.html").exists():
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
             return finished
         _require_values(config)
@@ -84,7 +85,7 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
             if not recorded(out / name, single):
                 write_config(out / name, single, shapes, str(device))
-        if not _has_all(finished, ("dictionaries.safetensors", "pairs.parquet")):  # a lost report is no lost training
+        if not _has_all(finished, TRAINED):  # a lost report is no lost training
             runner.train()
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
         (out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -175,9 +176,10 @@ class _Runner:
         phases = phases_of(self.config.pairs)
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
-        if saved is None:  # a run killed before its first checkpoint begins anew, its log too
+        if saved is None:  # what a run left that is begun anew: killed before its first checkpoint, or short of a file
             for job in jobs:
-                (self._folder(job) / "metrics.jsonl").unlink(missing_ok=True)
+                for name in ("metrics.jsonl", "report.json"):
+                    (self._folder(job) / name).unlink(missing_ok=True)
         else:
             self.seconds = dict(saved[1].notes.get("seconds", {}))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")

@@ -95,7 +95,7 @@ def require_same(out: Path, config: RunConfig) -> bool:
     there, here = _flat(read_run(out)["run"]), _flat(plain(config))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key) and key not in FREE:
-            if key in FREE_AFTER_STEP1 and _stands_at_step1(out):
+            if key in FREE_AFTER_STEP1 and _before_step2(out):
                 continue
             raise UserError(
                 f"--out {out}: holds another run ({key} is {there.get(key)!r} there, {here.get(key)!r} here); "
@@ -104,10 +104,10 @@ def require_same(out: Path, config: RunConfig) -> bool:
     return True
 
 
-def _stands_at_step1(out: Path) -> bool:
-    """Whether a checkpoint of step 1 is there, and nothing yet of what follows from it."""
+def _before_step2(out: Path) -> bool:
+    """Whether nothing is there yet of what follows from step 1."""
     saved = checkpoint.progress(out / "checkpoint.safetensors")
-    return saved is not None and saved.phase == "step1" and not any(out.rglob("pairs.parquet"))
+    return (saved is None or saved.phase == "step1") and not any(out.rglob("pairs.parquet"))
 
 
 def recorded(folder: Path, config: RunConfig) -> bool:

@@ -154,6 +154,19 @@ def wider(tensors: dict[str, Tensor], side: str, width: int) -> None:
         tensors[f"{side}.{name}"] = torch.zeros(size)
 
 
+def test_lost_dictionaries_are_trained_and_measured_anew(
+    run: Callable[..., Path], words: Callable[..., list[str]], call: Callable
+) -> None:
+    """The report that stands is of the ones that are lost."""
+    changes = {"layers": 0, "pairs.method": "importance"}
+    out = run(changes)
+    report = report_of(out / "layer_0")
+    (out / "layer_0" / "dictionaries.safetensors").unlink()
+    (out / "layer_0" / "report.json").write_text("{}")
+    assert call(words(out, changes)).status == 0
+    assert report_of(out / "layer_0") == report
+
+
 @pytest.fixture(scope="module")
 def tuned(models: Callable[[str], Path], source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one layer, to be copied."""
