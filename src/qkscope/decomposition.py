@@ -188,7 +188,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing; {folder} is not a qkscope run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, dict) or "run" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("run"), dict):
         raise UserError(f"{path} is damaged (no 'run' in it)")
     return values
 

@@ -18,12 +18,13 @@ import pytest
 import small_runs
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_runs import Moment, kill_at, require_equal, save_model, small_disk, tree
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import Decomposition, UserError
+from qkscope import Decomposition, UserError, files
 from qkscope.data.documents import split_of
 from qkscope.pairs import mask
 
@@ -201,7 +202,7 @@ def test_out_holds_another_run(run: Callable[..., Path], words: Words, call: Cal
     call(words(out, other)).complaint("holds another run", "dictionary.k is 4.0 there, 3.0 here")
     config = out / "config.yaml"
     assert tree(out) == before
-    for damage in ("run: [", "nothing: 1", ""):
+    for damage in ("run: [", "nothing: 1", "", "run: 3", "run:"):
         config.write_text(damage)
         call(words(out, other)).complaint(f"{config} is damaged")
 
@@ -245,14 +246,15 @@ def test_out_cannot_be_locked(words: Words, call: Callable, tmp_path: Path, monk
 def test_evaluating_a_run_that_is_locked(finished: Path, call: Callable, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    (out / "layer_0" / ".report.json.12345.tmp").write_text("of a process that was killed")
+    for name in (".report.json.12345.tmp", ".tmpXb9f0Q"):  # safetensors has temporary names of its own
+        (out / "layer_0" / name).write_text("of a process that was killed")
     before = tree(out)
     with taken(out):
         said = call(["evaluate", str(out)])
         assert said.complaint("another process is writing there") and "--out" not in said.lines[-1]
     assert tree(out) == before
     assert call(["evaluate", str(out)]).status == 0
-    assert not list(out.rglob("*.tmp"))
+    assert not list(out.rglob("*.tmp*"))
 
 
 def test_evaluating_a_member_of_a_sweep_that_is_locked(run: Callable[..., Path], call: Callable) -> None:
@@ -351,6 +353,17 @@ def test_a_full_disk(words: Words, call: Callable, run: Callable[..., Path], tmp
             assert not list(folder.rglob("*.tmp"))
         assert said.status == 0 and room > 100
         require_equal(wanted / "layer_0", folder / "run" / "layer_0")
+
+
+def test_a_checkpoint_that_cannot_be_written(
+    words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise SafetensorError('Error while serializing: I/O error: Permission denied (os error 13) at path "/x"')
+
+    monkeypatch.setattr(files, "save_file", refused)
+    said = call(words(tmp_path / "run", {"layers": 0}))
+    assert said.status == 2 and "checkpoint.safetensors: Permission denied; choose another --out" in said.lines[-1]
 
 
 @pytest.mark.parametrize(
