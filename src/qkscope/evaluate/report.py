@@ -213,6 +213,10 @@ def _pair_report(
     curve_kl: dict[float, dict[str, Any]],
     curve: dict[float, tuple[Pairs, Tensor]],
 ) -> dict[str, Any]:
+    """Kept pairs as shares: of all between the features that step 1 trained, and of those between what lives now.
+
+    Each side's bias counts as a feature in both.
+    """
     kept, heads = len(dec.pairs), dec.shape.N
     trained = dec.config.dictionary  # tune drops features with their last pair; a share is of what it began with
     total = (trained.width + 1) * (trained.key_width + 1) * heads

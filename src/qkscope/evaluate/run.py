@@ -18,11 +18,11 @@ from ..data.documents import EMBEDDED, Split
 from ..decomposition import Decomposition, load_transcoders, read_run
 from ..errors import UserError
 from ..explain.examples import Examples, token_texts
-from ..files import write_json
+from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
 from ..models import load_model
 from ..progress import Reporter
-from ..run_folder import layer_folder, variants
+from ..run_folder import claimed, layer_folder, require_finished, variants
 from ..training.loop import harvest_finite
 from .heads import head_roles
 from .labels import StoryLabels
@@ -37,10 +37,15 @@ SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
 
 
 def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
-    """Measure every layer of a finished run again and write its report anew."""
+    """Measure every layer of a finished run again and write its report anew.
+
+    Raises `UserError` for a run that is not finished, or while another process writes in its folder.
+    """
     values = read_run(folder)
     config = build(values["run"], str(folder / "config.yaml"))
-    with Reporter(quiet) as reporter:
+    with claimed(folder, ""), Reporter(quiet) as reporter:
+        require_finished(folder)
+        remove_leftovers(folder)
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
         sites = open_sites(model, tokenizer, sorted(set(config.layers)))
         folders = {name: folder / name for name in variants(config)}

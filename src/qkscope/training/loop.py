@@ -164,14 +164,18 @@ def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
 
 
 def require_finite(inputs: AttentionInputs, layer: int, batch: Batch, step: int | None = None) -> None:
-    """Raise `UserError` that says where, unless everything harvested is finite."""
+    """Raise `UserError` that says where, unless everything harvested is finite.
+
+    Document and position are those of examples.parquet: content tokens from 0, BOS not counted (-1: BOS itself).
+    """
     when = "" if step is None else f"at step {step}, "
     for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
         bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
         if bool(bad.any()):
-            b, t = bad.nonzero()[0].tolist()
+            b, t = bad.nonzero()[0]
+            position = int(batch.positions(b, t))
             raise UserError(
                 f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
-                f"{int(batch.document_B[b])}, position {int(batch.offset_B[b]) + t}; try --training.dtype float32 "
+                f"{int(batch.document_B[b])}, position {position}; try --training.dtype float32 "
                 "(the last checkpoint is kept)"
             )
