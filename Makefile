@@ -1,4 +1,4 @@
-# make test   lint, types and tests          make demo   a small model, its text and a run on it
+# make test   lint, types and tests          make demo   a run on the model that ships with the package
 # make lint   lint and types only            make clean  remove what make made, the environment included
 
 SHELL := bash
@@ -21,10 +21,9 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo_model.py .demo
-	$(BIN)/qkscope run --model .demo/model --data.source .demo/stories.parquet --layers 0 1 2 --out runs/demo \
-	  --data.context 128 --dictionary.width 300 --dictionary.k 8 --training.tokens 400000 \
-	  --pairs.count 2000 --pairs.tokens 200000 --evaluation.tokens 16384
+	$(BIN)/qkscope run --layers 1 2 3 --out runs/demo --dictionary.width 300 --dictionary.k 8 \
+	  --training.tokens 300000 --pairs.count 2000 --pairs.tokens 160000 --evaluation.tokens 16384
+	@echo "open runs/demo/report.html in a browser"
 
 # The stamp is the last thing written and the first thing removed, so an environment without it is one that an
 # interrupted install left: it is made anew. One with it is brought up to date in place.
@@ -39,5 +38,5 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv .demo runs/demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs/demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +22,7 @@ WORD_SCORE, BYTE_SCORE = -1.0, -20.0  # log-probabilities: the fewest pieces win
 
 def make_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """The tokenizer, made from the corpus itself; always the same one."""
-    counts = Counter(piece for i in range(SAMPLE) for piece in re.findall(PIECE, story_of(i).text))
+    counts = _pieces()
     long = {f"{space}{name}" for name in words.LONG_NAMES for space in ("", " ")}
     parts = {f" {parts[0]}" for parts in words.LONG_NAMES.values()}
     parts |= {part for parts in words.LONG_NAMES.values() for part in parts[1:]}
@@ -40,3 +41,8 @@ def make_tokenizer(context: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, bos_token=BOS, pad_token=PAD, unk_token=UNKNOWN, model_max_length=context,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _pieces() -> Counter[str]:
+    return Counter(piece for i in range(SAMPLE) for piece in re.findall(PIECE, story_of(i).text))

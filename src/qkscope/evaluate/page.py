@@ -20,6 +20,7 @@ from .charts import Bar, Figure, Series, finite, interval, legend, number, text
 from .stored import SIDES, Layer, layers, read
 
 BEFORE, AFTER = 9, 4  # tokens of an example shown around the one that fires most
+HEAD_ROLES = 3  # role pairs of a head that are shown
 CURVE_POINTS = 300  # of a training curve: more cannot be told apart
 NAMES = {"map_pruned": "pruned map", "transcoders": "transcoders", "map_all": "full map", "step1": "before tuning",
          "mean": "mean pattern", "uniform": "uniform", "zero": "zero", "shuffled": "shuffled pairs",
@@ -114,7 +115,7 @@ def layer_section(layer: Layer) -> str:
     else:
         parts.append("<p>Not measured yet: <code>qkscope evaluate</code> writes its report.json.</p>")
     parts += [f'<div class="figures">{"".join(figures)}</div>', _all_figures(layer) if layer.report else ""]
-    return "\n".join([*parts, _heat(layer), _pair_tables(layer), _densest(layer), "</section>"])
+    return "\n".join([*parts, _truth(layer), _heat(layer), _pair_tables(layer), _densest(layer), "</section>"])
 
 
 def _facts(layer: Layer) -> str:
@@ -279,7 +280,9 @@ def _feature(layer: Layer, side: str, feature: int) -> str:
     if feature < 0:
         return f'<div class="{side}"><b>bias</b> <span class="ci">always active</span></div>'
     snippets = "".join(_snippet(row) for row in layer.examples.get((side, feature), []))
-    return f'<div class="{side}"><b>{side[0]}{feature}</b>{snippets}</div>'
+    known = layer.known(side, feature)
+    label = f' <span class="ci">{text(known["label"])}, F1 {number(known["f1"])}</span>' if known else ""
+    return f'<div class="{side}"><b>{side[0]}{feature}</b>{label}{snippets}</div>'
 
 
 def _pair_tables(layer: Layer) -> str:
@@ -302,6 +305,40 @@ def _pair_table(layer: Layer, title: str, pairs: list[dict[str, Any]]) -> str:
     head = ["#", "head", "query feature", "key feature", "strength", "importance, mnat"]
     opening = f'<h3>{title}</h3><p class="note">{note}</p>'
     return opening + _table(head, rows, "pairs tokens", (2, 3)) if rows else ""
+
+
+def _truth(layer: Layer) -> str:
+    """On the embedded corpus: the features and pairs beside the controls, and what each head does."""
+    if not (found := layer.report.get("truth")):
+        return ""
+    names = {"decomposition": "this decomposition", "residual": "residual basis"} | NAMES
+    rows = []
+    for name, scores in found.items():
+        cells = [
+            " / ".join(_short((scores.get(side) or {}).get(key), key == "named") for side in SIDES)
+            for key in ("live", "named", "f1_mean", "f1_by_importance")
+        ]
+        rows.append([text(names.get(name, name)), *cells, _short(scores["pairs"]["matching"], True)])
+    head = ["", "live q / k", "named q / k", "mean F1 q / k", "F1 by importance q / k", "pairs between their labels"]
+    note = ("Every token of the embedded corpus has known roles. A feature gets the role, or word, that it predicts "
+            "best on one half of the held-out sequences; F1 is that of the other half; named: F1 of 0.8 or more. By "
+            "importance: weighted by what a feature's pairs matter. Last column: share of the pairs' importance that "
+            "runs from the query feature's label to the key feature's.")  # fmt: skip
+    opening = f'<h3>Against what is known</h3><p class="note">{note}</p>'
+    return opening + _table(head, rows) + _head_roles(layer)
+
+
+def _head_roles(layer: Layer) -> str:
+    rows = []
+    for table in layer.truth.get("heads", []):
+        for place, row in enumerate(table["role_pairs"][:HEAD_ROLES]):
+            attention = f"{_short(row['attention'], True)} ({_short(row['uniform'], True)})"
+            names = [text(row[side]) for side in SIDES]
+            rows.append([str(table["head"]) if not place else "", *names, attention, _value(row.get("ce_increase"))])
+    note = ("Between which roles each head attends, and what the model's loss gains, in nats a token, when the head "
+            "may not. Attention: share of all its attention (of uniform attention).")  # fmt: skip
+    head = ["head", "from", "to", "attention", "CE increase without"]
+    return f'<h3>What the heads do</h3><p class="note">{note}</p>{_table(head, rows)}' if rows else ""
 
 
 def _densest(layer: Layer) -> str:

@@ -74,6 +74,16 @@ class Layer:
         """One held-out text's patterns."""
         return read(self.folder / "patterns.json", _json) or {}
 
+    @cached_property
+    def truth(self) -> dict[str, Any]:
+        """What is known of each feature, pair and head on the embedded corpus."""
+        return read(self.folder / "truth.json", _json) or {}
+
+    def known(self, side: str, feature: int) -> dict[str, Any] | None:
+        """The label of a feature with its figures, where there is one."""
+        features = self.truth.get("features", {}).get(side, [])
+        return features[feature] if 0 <= feature < len(features) else None
+
     def rows(self, name: str, filters: list | None = None) -> list[dict[str, Any]]:
         path = self.folder / f"{name}.parquet"
         return read(path, lambda path: pq.read_table(path, filters=filters).to_pylist()) or []
