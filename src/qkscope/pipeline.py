@@ -185,7 +185,7 @@ class _Runner:
             self.seconds = dict(saved[1].notes.get("seconds", {}))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0:
-            if self.config.pairs.method == "mask" and not (saved and saved[1].done):
+            if phases and self.config.pairs.method == "mask" and not (saved and saved[1].done):
                 self._warn_of_masks(jobs)
             self._fit("step1", jobs, self.config.training.tokens, saved)
             for job in jobs:

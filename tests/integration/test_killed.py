@@ -169,7 +169,9 @@ def test_a_damaged_checkpoint_is_said(words: Callable[..., list[str]], call: Cal
 def test_interrupted(words: Callable[..., list[str]], tmp_path: Path) -> None:
     """A real process: Ctrl-C is said in one line, and a SIGKILL from outside leaves something to go on from."""
     command = words(tmp_path / "run", {"layers": 0, "training.tokens": 400_000})
-    program = [sys.executable, "-c", "from qkscope.cli import main; main()", *command]
+    # A shell's background jobs ignore SIGINT, and so would all that they start.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = [sys.executable, "-c", f"{heed}; from qkscope.cli import main; main()", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
