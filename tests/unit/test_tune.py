@@ -202,3 +202,23 @@ def test_a_side_of_which_only_the_bias_is_named_keeps_a_feature(activation: str)
     job.train()
     trained(job, inputs, 2)
     job.query.calibrate(inputs.x_BTD.flatten(0, 1))
+
+
+def mean_l0(job: MapJob, inputs: AttentionInputs) -> float:
+    return float((job.query.encode(inputs.x_BTD.flatten(0, 1)) > 0).sum(-1).float().mean())
+
+
+def test_tune_keeps_relu_dictionaries_as_dense_as_they_were() -> None:
+    """A penalty that alone would end every feature holds L0 where it was, and does not go on to lower it."""
+    inputs = some_inputs(60, batch=4, length=10)
+    job = some_job(inputs, 0.5, tuned=True, activation="relu")
+    job.sparsity = 5.0
+    before = mean_l0(job, inputs)
+    trained(job, inputs, 300)
+    assert float(job.l0_query) == pytest.approx(before)
+    assert 0.6 * before < mean_l0(job, inputs) < 1.4 * before
+    frozen = some_job(inputs, 0.5, activation="relu")
+    frozen.sparsity = 5.0
+    assert float(frozen.loss(PatternTarget(inputs), OFF)[0].detach()) == pytest.approx(
+        float(PatternTarget(inputs).mean(frozen.kl_rows(PatternTarget(inputs))[0]).detach())
+    )

@@ -42,7 +42,11 @@ class MapJob(Job):
         super().__init__(layer, variant, query, key)
         self.n_heads = pairs.n_heads
         self.dictionary_rate, self.strength_rate = dictionary_rate, strength_rate
-        self.sparsity = sparsity  # step 1's: without it ReLU dictionaries would grow dense to lower the KL
+        self.sparsity = sparsity  # step 1's
+        # ReLU dictionaries: L0 of the first batch, which the penalty keeps them at. Without it they grow dense to lower
+        # the KL; with all of it they go on growing sparse, L0 14.8 to 7.9 in a short tune at more KL than without tune.
+        self.register_buffer("l0_query", torch.zeros(()))
+        self.register_buffer("l0_key", torch.zeros(()))
         self.register_buffer("query_P", pairs.query_P)
         self.register_buffer("key_P", pairs.key_P)
         self.register_buffer("head_P", pairs.head_P)
@@ -99,7 +103,7 @@ class MapJob(Job):
         for name, side in (("query", self.query), ("key", self.key)):
             pre = side.pre(target.x_nD)
             acts[name] = side.activate(pre)
-            if self.dictionary_rate > 0:
+            if self.dictionary_rate > 0 and self._too_dense(name, acts[name]):
                 sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
         scores = pair_scores(
             self.pairs,
@@ -111,6 +115,16 @@ class MapJob(Job):
             target.rule,
         )
         return target.kl_rows(scores), acts, sparsity
+
+    @torch.no_grad()
+    def _too_dense(self, side: str, acts_nF: Tensor) -> bool:
+        """Whether ReLU activations are denser than the first batch's; the other activations hold L0 themselves."""
+        if getattr(self, side).activation != "relu":
+            return True
+        first, now = self.get_buffer(f"l0_{side}"), (acts_nF > 0).sum(-1).float().mean()
+        if self.training and not bool(first):
+            first.copy_(now)
+        return bool(now > first)
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
         """KL(P ‖ P(sparse map)) and the dictionaries' sparsity on one batch, and what to log of it."""
