@@ -40,7 +40,6 @@ def save_documents(path: Path, texts: list[str]) -> Path:
 # Options
 
 OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"model": None}, ("--model is missing",)),
     ({"model": "./no-such-model"}, ("--model ./no-such-model: no such folder",)),
     ({"model": "/etc"}, ("--model /etc: has no config.json",)),
     ({"layers": 2}, ("layer 2 is out of range", "0 to 1")),

@@ -6,7 +6,6 @@ Names of several tokens are in `data/stories/words.py`. Decoding gives every tex
 from __future__ import annotations
 
 import re
-from collections import Counter
 from functools import lru_cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -22,11 +21,10 @@ WORD_SCORE, BYTE_SCORE = -1.0, -20.0  # log-probabilities: the fewest pieces win
 
 def make_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """The tokenizer, made from the corpus itself; always the same one."""
-    counts = _pieces()
     long = {f"{space}{name}" for name in words.LONG_NAMES for space in ("", " ")}
     parts = {f" {parts[0]}" for parts in words.LONG_NAMES.values()}
     parts |= {part for parts in words.LONG_NAMES.values() for part in parts[1:]}
-    pieces = sorted({*(p for p in counts if p not in long), *parts}, key=lambda p: (-counts[p], p))
+    pieces = sorted(_pieces() - long | parts)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     as_bytes = [byte_level.pre_tokenize_str(piece)[0][0] for piece in pieces]
     single = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(as_bytes))
@@ -44,5 +42,6 @@ def make_tokenizer(context: int) -> PreTrainedTokenizerFast:
 
 
 @lru_cache(maxsize=1)
-def _pieces() -> Counter[str]:
-    return Counter(piece for i in range(SAMPLE) for piece in re.findall(PIECE, story_of(i).text))
+def _pieces() -> set[str]:
+    """Every word and mark of a sample."""
+    return {piece for i in range(SAMPLE) for piece in re.findall(PIECE, story_of(i).text)}

@@ -249,7 +249,7 @@ def alone(d: Draft, s: World) -> None:
 
 
 SCENES: dict[Callable[[Draft, World], None], int] = {
-    giving: 5, agreement: 4, singing: 4, aside: 3, losing: 3, feeling: 3, dated: 3, speech: 3, packing: 2, clause: 2,
+    giving: 12, agreement: 4, singing: 4, aside: 3, losing: 3, feeling: 3, dated: 3, speech: 3, packing: 2, clause: 2,
     arrival: 2, alone: 1,
 }  # fmt: skip
 SHARES = {scene: weight / sum(SCENES.values()) for scene, weight in SCENES.items()}
