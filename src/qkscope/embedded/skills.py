@@ -6,6 +6,7 @@ python -m qkscope.embedded.skills            # a table for each of the embedded 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
-from ..data.documents import open_documents
-from ..data.stories import NAMES, story_of, token_roles, words
+from ..data.documents import Document, open_documents
+from ..data.stories import NAMES, Story, story_of, token_roles, words
 from ..evaluate.figures import ratio_figure
 
 # name: role of the token to be predicted
@@ -34,14 +35,14 @@ BATCH = 32
 
 @torch.no_grad()
 def skills(model: Any, tokenizer: Any, documents: int = 1000) -> dict[str, Any]:
-    """Cross-entropy (nats a token) beside the corpus's own, and the share right of each skill; 95 % intervals over
-    documents.
+    """Cross-entropy (nats a token) beside the corpus's own, and the share right of each skill, on held-out documents
+    that fit the context; 95 % intervals over documents.
 
     Agreement: the right form of the verb is likelier than the other one. Elsewhere: the right token is the likeliest.
     """
     stories = open_documents(DataConfig(source="embedded")).stream("heldout", 0, 0)
     totals: dict[str, list[tuple[float, float]]] = {name: [] for name in ("cross-entropy", "corpus", *SKILLS)}
-    for texts in _batches(stories, documents):
+    for texts in _batches(_whole(stories, tokenizer), documents):
         encoded = tokenizer([s.text for s in texts], add_special_tokens=False, return_offsets_mapping=True)
         rows = [[tokenizer.bos_token_id, *ids] for ids in encoded["input_ids"]]
         longest = max(map(len, rows))
@@ -67,9 +68,16 @@ def skills(model: Any, tokenizer: Any, documents: int = 1000) -> dict[str, Any]:
     return {name: ratio_figure(sums, weights) for name, (sums, weights) in found.items()}
 
 
-def _batches(stories: Iterator[Any], documents: int) -> Iterator[list[Any]]:
+def _whole(documents: Iterator[Document], tokenizer: Any) -> Iterator[Story]:
+    """The stories that fit into one context: of a story that is cut, `nats` says nothing."""
+    for document in documents:
+        if len(tokenizer(document.text)["input_ids"]) < tokenizer.model_max_length:
+            yield story_of(document.index)
+
+
+def _batches(stories: Iterator[Story], documents: int) -> Iterator[list[Story]]:
     for start in range(0, documents, BATCH):
-        yield [story_of(next(stories).index) for _ in range(min(BATCH, documents - start))]
+        yield list(itertools.islice(stories, min(BATCH, documents - start)))
 
 
 def _agreement(
