@@ -40,6 +40,7 @@ from qkscope.training.loop import Logs, train
 from qkscope.training.recipes import resolved
 from qkscope.training.start import side_statistics, start
 from qkscope.training.step1 import Step1Job
+from qkscope.training.stream import ModelStream
 
 
 class Bench:
@@ -69,7 +70,7 @@ class Bench:
         began = time.process_time()
         logs = Logs({f"{j.variant}|{j.layer}": self.folder / f"{j.variant}.jsonl" for j in jobs}, lambda line: None)
         train(
-            "bench", jobs, [self.site], self.text("train", repeat=True), tokens, self.config,
+            "bench", jobs, ModelStream([self.site], self.text("train", repeat=True)), tokens, self.config,
             saved=None, checkpoint_path=self.folder / "checkpoint.safetensors", logs=logs,
         )  # fmt: skip
         x = torch.cat([i.x_BTD[i.real_BT].float() for i in self.sample])

@@ -32,9 +32,10 @@ from .progress import Reporter
 from .run_folder import claimed, layer_folder, require_same, variants, write_config
 from .training import checkpoint
 from .training.job import Job
-from .training.loop import Logs, harvest_finite, train
+from .training.loop import Logs, train
 from .training.start import label_seed, side_statistics, start
 from .training.step1 import Step1Job
+from .training.stream import ModelStream, harvest_finite
 
 START_TOKENS = 8192  # training tokens that a start is fitted to
 HALVINGS = 6  # with a KL bound, tune goes on below `count` by halves, so many times at the most
@@ -240,8 +241,7 @@ class _Runner:
         at = train(
             phase,
             jobs,
-            self.sites,
-            self.text("train", repeat=True, order=phase),
+            ModelStream(self.sites, self.text("train", repeat=True, order=phase)),
             tokens,
             self.config.training,
             saved=saved,

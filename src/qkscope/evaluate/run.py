@@ -23,7 +23,7 @@ from ..kernels.row_kl import exp
 from ..models import load_model
 from ..progress import Reporter
 from ..run_folder import layer_folder, variants
-from ..training.loop import harvest_finite
+from ..training.stream import harvest_finite
 from .page import write_page
 from .report import measure
 
