@@ -107,6 +107,7 @@ def train(
             target = PatternTarget(seen)
             for job, optimizer in zip(jobs, optimizers, strict=True):
                 if job.layer == layer:
+                    job.before_step(at.tokens / tokens)
                     log = _update(job, optimizer, target, factor, autocast, at.step)
                     totals = sums.setdefault(job.name, {})
                     for key, value in log.items():
@@ -125,6 +126,8 @@ def train(
             sums, counted, since, clock = {}, 0, at.tokens, time.monotonic()
         if at.step % config.checkpoint_steps == 0 and not ended:
             keep()
+    for job in jobs:
+        job.before_step(1.0)
     at.done = True
     keep()
     return at
