@@ -76,7 +76,7 @@ class Bench(Workbench):
         found = {s: a.report() for s, a in activity.items()}
         return {
             "pattern_kl": score.kl.figure(),
-            "ce_increase": patched._increase("patched"),
+            "ce_increase": patched.increase("patched"),
             "logit_kl": patched.kl["patched"].figure(),
             **{f"{k}_{s}": found[s][k] for k in ("l0", "dead", "dense", "live") for s in found},
             **({"pairs": len(dec.pairs)} if kept else {}),

@@ -27,7 +27,8 @@ class DataConfig(Config):
     """The text, and how it becomes sequences."""
 
     source: str | None = None
-    """A .txt, .jsonl or .parquet file, or the name of a Hugging Face dataset (streamed)."""
+    """A .txt, .jsonl or .parquet file, the name of a Hugging Face dataset (streamed), or `embedded`: stories written as
+    they are read, whose tokens have known roles. Empty with an embedded model: `embedded`."""
     text_column: str = "text"
     """Column or key that holds the text."""
     subset: str | None = None
@@ -166,9 +167,9 @@ class RunConfig(Config):
     """One run: a model, its layers, the text, and both steps."""
 
     model: str | None = None
-    """A Hugging Face model: its folder or its name."""
+    """A Hugging Face model: its folder or its name; or an embedded one: stories-gpt2 (the default), stories-llama."""
     layers: tuple[int, ...] = ()
-    """Layers to decompose, in one pass over the text."""
+    """Layers to decompose, in one pass over the text. Empty with an embedded model: all of them."""
     data: DataConfig = DataConfig()
     dictionary: DictionaryConfig = DictionaryConfig()
     sweep: SweepConfig = SweepConfig()

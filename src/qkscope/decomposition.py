@@ -152,7 +152,8 @@ class Decomposition:
         """Read one layer's artefact, e.g. `runs/gpt2/layer_10`; anything missing, cut short or misshapen is refused."""
         folder = Path(folder)
         layer, config, shape = _read_site(folder)
-        query, key = load_transcoders(folder / "dictionaries.safetensors", config, shape)
+        narrowed = config.pairs.method == "tune"
+        query, key = load_transcoders(folder / "dictionaries.safetensors", config, shape, narrowed=narrowed)
         pairs, table = _read_pairs(folder / "pairs.parquet", query.width, key.width, shape)
         return cls(layer, shape, query, key, pairs, *table, config, folder)
 
@@ -166,10 +167,15 @@ def save_transcoders(path: Path, query: SparseTranscoder, key: SparseTranscoder)
     write_tensors(path, tensors)
 
 
-def load_transcoders(path: Path, config: RunConfig, shape: SiteShape) -> tuple[SparseTranscoder, SparseTranscoder]:
-    """What `save_transcoders` wrote; a file that is missing, cut short or misshapen is a `UserError`."""
+def load_transcoders(
+    path: Path, config: RunConfig, shape: SiteShape, *, narrowed: bool = False
+) -> tuple[SparseTranscoder, SparseTranscoder]:
+    """What `save_transcoders` wrote; a file that is missing, cut short or misshapen is a `UserError`.
+
+    `narrowed`: fewer features than config.yaml says are right: tune drops those that no pair names.
+    """
     tensors, _ = read_tensors(path)
-    query, key = (_transcoder(tensors, side, path, config, shape) for side in SIDES)
+    query, key = (_transcoder(tensors, side, path, config, shape, narrowed) for side in SIDES)
     return query, key
 
 
@@ -182,7 +188,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing; {folder} is not a qkscope run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, dict) or "run" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("run"), dict):
         raise UserError(f"{path} is damaged (no 'run' in it)")
     return values
 
@@ -202,12 +208,14 @@ def _read_site(folder: Path) -> tuple[int, RunConfig, SiteShape]:
 
 
 def _transcoder(
-    tensors: dict[str, Tensor], side: str, path: Path, config: RunConfig, shape: SiteShape
+    tensors: dict[str, Tensor], side: str, path: Path, config: RunConfig, shape: SiteShape, narrowed: bool
 ) -> SparseTranscoder:
     query = side == "query"
-    width = config.dictionary.width if query else config.dictionary.key_width
-    if (found := tensors.get(f"{side}.W_enc")) is not None and found.ndim == 2:
-        width = min(width, found.shape[1])  # narrower where tune dropped the features that no pair names
+    trained = width = config.dictionary.width if query else config.dictionary.key_width
+    found = tensors.get(f"{side}.W_enc")
+    if narrowed and found is not None and found.ndim == 2:
+        width = max(min(trained, found.shape[1]), 1)
+    asking = "config.yaml asks" if width == trained else f"config.yaml and {side}.W_enc ask"
     out = (shape.N if query else shape.G) * shape.H
     wanted = {
         "W_enc": (shape.D, width),
@@ -222,7 +230,7 @@ def _transcoder(
         if tensor is None:
             raise UserError(f"{path} has no {side}.{name}")
         if tuple(tensor.shape) != size:
-            raise UserError(f"{path}: {side}.{name} has shape {tuple(tensor.shape)}, config.yaml asks for {size}")
+            raise UserError(f"{path}: {side}.{name} has shape {tuple(tensor.shape)}, {asking} for {size}")
         if not tensor.is_floating_point():
             raise UserError(f"{path}: {side}.{name} holds {str(tensor.dtype).removeprefix('torch.')}, not float32")
         if bool(tensor.isnan().any()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,21 +32,23 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a folder that cannot be written into one line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = _number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk is full while writing {path}; make room and give the same command again to go on"
             ) from None
-        if error.errno in _REFUSED:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+        if number in _REFUSED:
+            raise UserError(f"cannot write {path}: {os.strerror(number)}; choose another --out") from None
         raise
-    except SafetensorError as error:
-        # safetensors wraps the system's error in its own text.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise UserError(
-                f"the disk is full while writing {path}; make room and give the same command again to go on"
-            ) from None
-        raise
+
+
+def _number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors wraps it in its own text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -70,8 +73,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of a process that was killed while it wrote; for who alone writes in the folder."""
-    for left in folder.rglob(".*.[0-9]*.tmp"):
-        left.unlink(missing_ok=True)
+    for pattern in (".*.[0-9]*.tmp", ".tmp??????"):  # ours, and safetensors' own
+        for left in folder.rglob(pattern):
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,10 +95,25 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of `write_tensors`; a missing or damaged file is a `UserError`."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `read_tensors` gives beside the tensors, without reading them."""
+    with _opened(path) as file:
+        return _metadata(file)
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get("qkscope", "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("qkscope", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from .embedded import EMBEDDED_MODELS
 from .errors import UserError
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -21,6 +22,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
     """The model in evaluation mode, frozen, and its tokenizer.
 
     A model whose configuration names a causal language model gets its head; any other is loaded without one.
+    `name` is one of the embedded models, a folder, or a model on the hub.
     Raises `UserError` for a folder that does not exist, has no weights, or holds weights of another shape, and for a
     precision or device that is not there.
     """
@@ -31,8 +33,8 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0][:80]})") from None
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    path = Path(name).expanduser()
+    looks_local = name in EMBEDDED_MODELS or name.startswith((".", "/", "~")) or Path(name).exists()
+    path = EMBEDDED_MODELS.get(name) or Path(name).expanduser()
     if looks_local and not path.is_dir():
         raise UserError(f"--model {name}: no such folder; name a folder with config.json, or a Hugging Face model")
     source = str(path) if looks_local else name

@@ -19,17 +19,19 @@ from .config import RunConfig
 from .data import Sequences, check_text
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
+from .embedded import with_defaults
 from .errors import UserError
 from .evaluate.run import evaluate_run
 from .files import remove_leftovers
 from .models import load_model
 from .pairs.importance import firing_features, pair_importance, rank_pairs
-from .pairs.mask import MaskJob, require_memory
+from .pairs.mask import MaskJob, require_memory, shortfall
 from .pairs.pair_map import Pairs, rows, weight_strength
-from .pairs.selection import fewest, ladder, map_kl, top
+from .pairs.phases import Phase, phases_of
+from .pairs.selection import fewest, map_kl, top
 from .pairs.tune import MapJob
 from .progress import Reporter
-from .run_folder import claimed, layer_folder, require_same, variants, write_config
+from .run_folder import claimed, layer_folder, recorded, require_same, variants, write_config
 from .training import checkpoint
 from .training.job import Job
 from .training.loop import Logs, train
@@ -37,8 +39,8 @@ from .training.start import label_seed, side_statistics, start
 from .training.step1 import Step1Job
 from .training.stream import ModelStream, harvest_finite
 
+TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 START_TOKENS = 8192  # training tokens that a start is fitted to
-HALVINGS = 6  # with a KL bound, tune goes on below `count` by halves, so many times at the most
 
 
 @dataclass
@@ -57,17 +59,6 @@ class Run:
         return Decomposition.load(layer_folder(self.folders[variant], layer))
 
 
-@dataclass
-class Phase:
-    """One training of step 2: how many pairs are kept, and for how many tokens what is trained."""
-
-    name: str
-    count: int
-    tokens: int
-    spare: bool = False
-    """Below the asked count; kept only while it satisfies the KL bound."""
-
-
 def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     """Decompose `config.layers` of `config.model` into the folder `out`, or go on with the run that is there.
 
@@ -75,12 +66,12 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     """
     out = Path(out)
     with claimed(out), Reporter(quiet) as reporter:
-        names = variants(config)
+        names = variants(with_defaults(config))
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
         remove_leftovers(out)
         finished = Run(out, config)
-        if there and _has_all(finished, ("report.json",)) and (out / "report.html").exists():
+        if there and _has_all(finished, (*TRAINED, "report.json")) and (out / "report.html").exists():
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
             return finished
         _require_values(config)
@@ -94,9 +85,9 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         runner = _Runner(config, names, out, sites, reporter)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
-            if not (out / name / "config.yaml").exists():
+            if not recorded(out / name, single):
                 write_config(out / name, single, shapes, str(device))
-        if not _has_all(finished, ("dictionaries.safetensors", "pairs.parquet")):  # a lost report is no lost training
+        if not _has_all(finished, TRAINED):  # a lost report is no lost training
             runner.train()
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
         (out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -112,12 +103,12 @@ def _has_all(run: Run, names: tuple[str, ...]) -> bool:
 
 
 def _require_values(config: RunConfig) -> None:
-    if config.model is None:
-        raise UserError("--model is missing; name a Hugging Face model or a folder that holds one")
     if not config.layers:
         raise UserError("--layers is missing; name the layers to decompose, e.g. --layers 2 6 10")
     if config.data.source is None:
-        raise UserError("--data.source is missing; name a .txt, .jsonl or .parquet file or a Hugging Face dataset")
+        raise UserError(
+            "--data.source is missing; name a .txt, .jsonl or .parquet file, a Hugging Face dataset, or embedded"
+        )
 
 
 def _require_context(config: RunConfig, model: Any) -> None:
@@ -184,22 +175,25 @@ class _Runner:
         """Both steps; leaves each layer's dictionaries and pairs in its folder."""
         saved = checkpoint.load(self.checkpoint_path)
         jobs = self._step1_jobs()
-        phases = self._phases()
+        phases = phases_of(self.config.pairs)
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
-        if saved is None:  # a run killed before its first checkpoint begins anew, its log too
+        if saved is None:  # what a run left that is begun anew: killed before its first checkpoint, or short of a file
             for job in jobs:
-                (self._folder(job) / "metrics.jsonl").unlink(missing_ok=True)
+                for name in ("metrics.jsonl", "report.json"):
+                    (self._folder(job) / name).unlink(missing_ok=True)
         else:
             self.seconds = dict(saved[1].notes.get("seconds", {}))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0:
+            if self.config.pairs.method == "mask" and not (saved and saved[1].done):
+                self._warn_of_masks(jobs)
             self._fit("step1", jobs, self.config.training.tokens, saved)
             for job in jobs:
                 self._calibrate(job)
-            if phases and self.config.pairs.method == "tune":
-                for job in jobs:
-                    self._write_step1(job)
+            tuned = bool(phases) and self.config.pairs.method == "tune"
+            for job in jobs:
+                self._write_step1(job, tuned)
         stopped: list[str] = list(saved[1].notes.get("stopped", [])) if saved else []
         maps: list[Any] = jobs
         for index, phase in enumerate(phases, start=1):
@@ -209,7 +203,8 @@ class _Runner:
                 maps = [self._empty_job(job) for job in jobs if job.name not in stopped]
                 self._fit(phase.name, maps, phase.tokens, saved, stopped)
             else:
-                maps = [self._next_job(job, phase) for job in maps]
+                masked = self.config.pairs.method == "mask"
+                maps = self._mask_jobs(maps) if masked else [self._next_job(job, phase) for job in maps]
                 self._fit(phase.name, maps, phase.tokens, None, stopped)
             if self.config.pairs.method == "tune":
                 for job in maps:
@@ -219,20 +214,6 @@ class _Runner:
                 break
         for job in maps:
             self._write(self._selected(job))
-
-    def _phases(self) -> list[Phase]:
-        pairs = self.config.pairs
-        if pairs.method == "importance" or pairs.tokens == 0:
-            return []
-        if pairs.method in ("refit", "mask"):
-            return [Phase(pairs.method, pairs.count, pairs.tokens)]
-        counts = ladder(pairs.first, pairs.count, pairs.stages)
-        tokens = max(pairs.tokens // pairs.stages, 1)
-        phases = [Phase(f"tune{i}", count, tokens) for i, count in enumerate(counts, start=1)]
-        if pairs.max_kl is not None:
-            halves = [pairs.count >> i for i in range(1, HALVINGS + 1) if pairs.count >> i]
-            phases += [Phase(f"tune{len(counts) + i}", c, tokens, spare=True) for i, c in enumerate(halves, start=1)]
-        return phases
 
     def _fit(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
         """Train one phase; `saved` is a checkpoint of this phase to go on from."""
@@ -301,16 +282,26 @@ class _Runner:
             sparsity=self.names[job.variant].dictionary.sparsity or 0.0,
         )  # fmt: skip
 
-    def _next_job(self, job: Job, phase: Phase) -> Any:
+    def _warn_of_masks(self, jobs: Sequence[Step1Job]) -> None:
+        """Say before step 1 is trained what only the features that live after it will decide."""
+        shapes = [(job.query.width + 1, job.key.width + 1, self._n_heads(job.layer)) for job in jobs]
+        if said := shortfall(shapes, self.device):
+            self.reporter.message(f"--pairs.method mask may be refused after step 1: if every feature lives, {said}")
+
+    def _mask_jobs(self, jobs: Sequence[Job]) -> list[MaskJob]:
+        """A mask over the features of each job that fire; `UserError` where the masks do not fit side by side."""
+        samples = (self.sample(job.layer, "train", self._sample_tokens()) for job in jobs)
+        live = [firing_features(sample, job.query, job.key) for job, sample in zip(jobs, samples, strict=True)]
+        shapes = [(len(q), len(k), self._n_heads(job.layer)) for job, (q, k) in zip(jobs, live, strict=True)]
+        require_memory(shapes, self.device)
+        return [self._mask_job(job, firing) for job, firing in zip(jobs, live, strict=True)]
+
+    def _next_job(self, job: Job, phase: Phase) -> MapJob:
         """The job of a phase from the one before: ranked from step 1's dictionaries, or pruned further."""
         sample = self.sample(job.layer, "train", self._sample_tokens())
         if isinstance(job, MapJob):
             job.keep(top(self._importance(job, sample), phase.count))
             return job
-        if self.config.pairs.method == "mask":
-            live = firing_features(sample, job.query, job.key)
-            require_memory(len(live[0]), len(live[1]), self._n_heads(job.layer), self.device)
-            return self._mask_job(job, live)
         chosen = self._ranked(job, phase.count)
         chosen.keep(torch.arange(len(chosen.pairs), device=self.device))
         chosen.train()
@@ -395,6 +386,10 @@ class _Runner:
         for transcoder in (job.query, job.key):
             transcoder.calibrate(x_nD)
 
-    def _write_step1(self, job: Step1Job) -> None:
+    def _write_step1(self, job: Step1Job, tuned: bool) -> None:
         """Step 1's dictionaries beside the ones that tuning will change, so that both can be measured."""
-        save_transcoders(self._folder(job) / "step1.safetensors", job.query, job.key)
+        path = self._folder(job) / "step1.safetensors"
+        if tuned:
+            save_transcoders(path, job.query, job.key)
+        else:  # of a run that was to tune them when it was stopped
+            path.unlink(missing_ok=True)

@@ -73,21 +73,6 @@ class Rotary:
         # z = x₁ + i x₂ turns into z (cos + i sin₂): sin is signed, and sin₁ = -sin₂.
         return order, torch.complex(self.cos_BTH[..., order[::2]], self.sin_BTH[..., order[1::2]])
 
-    def by_distance(self, w_q_PH: Tensor, w_k_PH: Tensor, distances: Tensor) -> Tensor:
-        """⟨R_i w_q, R_j w_k⟩ at i-j = distance: M(Δ) of METHOD, [P, len(distances)].
-
-        The tables' row p of the first sequence must belong to position p (sequences that start at position 0), and
-        |distance| must be less than T.
-        """
-        cos, sin = self.cos_BTH[0], self.sin_BTH[0]
-        ahead, behind = distances.clamp(min=0), (-distances).clamp(min=0)
-        # No [P, L, H] of products before the sum over H: expand in cos and sin, four products [P, H]·[H, L].
-        # ⟨R_a q, R_b k⟩ = Σ_d (q_d c_ad + q_p(d) s_ad)(k_d c_bd + k_p(d) s_bd)
-        q, k = w_q_PH, w_k_PH
-        qp, kp = q[:, self.partner_H], k[:, self.partner_H]
-        ca, sa, cb, sb = cos[ahead], sin[ahead], cos[behind], sin[behind]
-        return (q * k) @ (ca * cb).T + (qp * k) @ (sa * cb).T + (q * kp) @ (ca * sb).T + (qp * kp) @ (sa * sb).T
-
 
 @dataclass(frozen=True)
 class RotaryCall:

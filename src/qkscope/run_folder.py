@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +18,71 @@ import yaml
 from pydantic import ValidationError
 
 from . import __version__
-from .config import DictionaryConfig, RunConfig, one_line
+from .config import DictionaryConfig, PairsConfig, RunConfig, build, one_line
 from .decomposition import read_run
 from .errors import UserError
 from .files import disk_errors, write_text
+from .training import checkpoint
 from .training.recipes import resolved
 
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = {("training", "device"), ("training", "checkpoint_steps"), ("training", "log_steps")}
+FREE = {"training.device", "training.checkpoint_steps", "training.log_steps"}
+# What else may until step 2 has begun. (Step 1 depends on `importance_tokens`: its starts are fitted to that sample.)
+FREE_AFTER_STEP1 = {f"pairs.{name}" for name in PairsConfig.model_fields} - {"pairs.importance_tokens"}
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
+def claimed(out: Path, option: str = "--out ") -> Iterator[None]:
     """Hold the folder for this process; `UserError` where another process has it or it cannot be made.
 
-    Where no run was begun (bad input found later), nothing of ours is left behind.
+    A member of a sweep is held by the sweep's lock. Where no run was begun (bad input found later), nothing of ours is
+    left behind. `option` is what the person named the folder with.
     """
+    home = owner(out)
     with disk_errors(out):
         if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: is a file; name a folder")
+            raise UserError(f"{option}{out}: is a file; name a folder")
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        if not _lock(lock):
-            raise UserError(f"--out {out}: another process is writing there; wait for it or choose another")
+        lock = os.open(home / ".lock", os.O_RDWR | os.O_CREAT)
+    with ExitStack() as stack:
+        stack.callback(os.close, lock)
         try:
-            yield
-        finally:
-            if not (out / "config.yaml").exists():
-                (out / ".lock").unlink()
-                with suppress(OSError):  # whatever else is in there is not ours
-                    for folder in made:
-                        folder.rmdir()
-    finally:
-        os.close(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(lock).st_nlink == 0  # by one that has just removed it
+        except BlockingIOError:
+            taken = True
+        except OSError as error:  # some network file systems know no locks
+            _leave(out, made)
+            raise UserError(f"{option}{out}: cannot be locked ({error.strerror}); choose another disk") from None
+        if taken:
+            raise UserError(f"{option}{out}: another process is writing there; wait for it or choose another")
+        stack.callback(_leave, out, made)
+        yield
 
 
-def _lock(file: int) -> bool:
-    """Lock an open file; False where another process has it, or has just removed it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return os.fstat(file).st_nlink > 0
+def _leave(out: Path, made: list[Path]) -> None:
+    """Remove what `claimed` made where no run was begun."""
+    if not (out / "config.yaml").exists():
+        (out / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):  # whatever else is in there is not ours
+            for folder in made:
+                folder.rmdir()
+
+
+def owner(folder: Path) -> Path:
+    """The folder of the run that a folder belongs to: its parent for a member of a sweep, else the folder itself."""
+    whole = folder.resolve()
+    with suppress(UserError):  # no run there
+        if whole.name in variants(build(read_run(whole.parent)["run"])):
+            return whole.parent
+    return folder
+
+
+def require_finished(folder: Path) -> None:
+    """`UserError` while there is something to go on from: what lies there is not yet what the run ends with."""
+    if any((place / "checkpoint.safetensors").exists() for place in (folder, owner(folder))):
+        raise UserError(f"{folder}: its run is not finished; give the command that began it to go on with it")
 
 
 def require_same(out: Path, config: RunConfig) -> bool:
@@ -73,12 +94,25 @@ def require_same(out: Path, config: RunConfig) -> bool:
         return False
     there, here = _flat(read_run(out)["run"]), _flat(plain(config))
     for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key) and tuple(key.split(".")) not in FREE:
+        if there.get(key) != here.get(key) and key not in FREE:
+            if key in FREE_AFTER_STEP1 and _before_step2(out):
+                continue
             raise UserError(
                 f"--out {out}: holds another run ({key} is {there.get(key)!r} there, {here.get(key)!r} here); "
                 "choose another --out, or give the command that began it to go on with it"
             )
     return True
+
+
+def _before_step2(out: Path) -> bool:
+    """Whether nothing is there yet of what follows from step 1."""
+    saved = checkpoint.progress(out / "checkpoint.safetensors")
+    return (saved is None or saved.phase == "step1") and not any(out.rglob("pairs.parquet"))
+
+
+def recorded(folder: Path, config: RunConfig) -> bool:
+    """Whether config.yaml is there and holds this run's step 2, which may have been changed after step 1."""
+    return (folder / "config.yaml").exists() and read_run(folder)["run"].get("pairs") == plain(config)["pairs"]
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import read_json, report_of, tree
 from torch import Tensor
 
-from qkscope import AttentionSite, Decomposition, pipeline
+from qkscope import AttentionSite, Decomposition, UserError, pipeline
 from qkscope.attention import harvest
 from qkscope.kernels.row_kl import exp
 from qkscope.pairs.pair_map import pair_scores, rows, with_bias
@@ -76,6 +79,100 @@ def require_patched(dec: Decomposition, site: AttentionSite, tokens: Tensor, rea
         assert (found[pairs] - plain).abs().max() > 1e-3
     assert (found["kept"] - found["all"]).abs().max() > 1e-3
     torch.testing.assert_close(logits(site, tokens, real), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("model", "count"), [("gpt2", 150), ("llama", 150)])
+def test_tuned_dictionaries_hold_what_pairs_name(
+    run: Callable[..., Path], call: Callable, models: Callable[[str], Path], model: str, count: int
+) -> None:
+    """Fewer features than were trained, each in a pair; step 1's dictionaries stay whole beside them."""
+    out = run({"layers": 1, "pairs.count": count, "dictionary.width-key": 28}, model)
+    folder = out / "layer_1"
+    dec = Decomposition.load(folder)
+    for side, feature_P, trained in ((dec.query, dec.pairs.query_P, 32), (dec.key, dec.pairs.key_P, 28)):
+        assert 0 < side.width < trained
+        named = feature_P[feature_P < side.width].unique()
+        assert named.tolist() == list(range(side.width))
+    step1 = load_file(folder / "step1.safetensors")
+    assert (step1["query.W_enc"].shape[1], step1["key.W_dec"].shape[0]) == (32, 28)
+    report = read_json(folder / "report.json")
+    assert report["width"] == {"query": dec.query.width, "key": dec.key.width}
+    assert report["width_trained"] == {"query": 32, "key": 28}
+    assert report["pairs"]["share_of_total"] == len(dec.pairs) / (33 * 29 * dec.shape.N)
+    assert f"the kept pairs use {dec.query.width} of the 32 trained" in (out / "report.html").read_text()
+    site = AttentionSite.load(str(models(model)), layer=1)
+    seen = harvest([site], *tokens_for(site))[0]
+    (out / "copy").mkdir()
+    shutil.copy(out / "config.yaml", out / "copy")
+    dec.save(out / "copy" / "layer_1")
+    again = Decomposition.load(out / "copy" / "layer_1")
+    shutil.rmtree(out / "copy")
+    assert torch.equal(again.log_pattern_kept(seen), dec.log_pattern_kept(seen))
+    assert torch.equal(again.log_pattern_all(seen), dec.log_pattern_all(seen))
+    before = report_of(folder)
+    assert call(["evaluate", str(out)]).status == 0
+    assert report_of(folder) == before and before["pattern_kl"].keys() >= {"step1", "map_pruned"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        ("dictionaries", lambda t: wider(t, "query", 40), "query.W_enc has shape (32, 40), config.yaml asks for"),
+        ("dictionaries", lambda t: t.update({"key.b_enc": t["key.b_enc"][:-1].clone()}), "key.W_enc ask for"),
+        ("dictionaries", lambda t: t.update({"key.W_enc": t["key.W_enc"][:, :-1].clone()}), "key.b_enc has shape"),
+        ("dictionaries", lambda t: t.update({"key.W_dec": torch.zeros(40, 32)}), "key.W_dec has shape (40, 32)"),
+        ("dictionaries", lambda t: wider(t, "key", 0), "key.W_enc has shape (32, 0)"),
+        ("dictionaries", lambda t: wider(t, "key", 3), "names a feature or head that the dictionaries do not have"),
+        ("step1", lambda t: wider(t, "key", 20), "key.W_enc has shape (32, 20), config.yaml asks for (32, 32)"),
+    ],
+)  # fmt: skip
+def test_tuned_dictionaries_of_a_wrong_width(
+    tuned: Path, call: Callable, tmp_path: Path, name: str, change: Callable, part: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(tuned, out)
+    path = out / "layer_0" / f"{name}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    if name == "dictionaries":
+        with pytest.raises(UserError) as error:
+            Decomposition.load(out / "layer_0")
+        assert part in str(error.value) and "\n" not in str(error.value), str(error.value)
+    before = tree(out)
+    said = call(["evaluate", str(out)])
+    assert said.status == 2 and part in said.lines[-1] and said.lines[-1].startswith("qkscope: "), said.lines
+    assert tree(out) == before
+
+
+def wider(tensors: dict[str, Tensor], side: str, width: int) -> None:
+    """Give a side another width in all its tensors."""
+    for name, dim in (("W_enc", 1), ("b_enc", 0), ("W_dec", 0), ("threshold", 0)):
+        old = tensors[f"{side}.{name}"]
+        size = list(old.shape)
+        size[dim] = width
+        tensors[f"{side}.{name}"] = torch.zeros(size)
+
+
+def test_lost_dictionaries_are_trained_and_measured_anew(
+    run: Callable[..., Path], words: Callable[..., list[str]], call: Callable
+) -> None:
+    """The report that stands is of the ones that are lost."""
+    changes = {"layers": 0, "pairs.method": "importance"}
+    out = run(changes)
+    report = report_of(out / "layer_0")
+    (out / "layer_0" / "dictionaries.safetensors").unlink()
+    (out / "layer_0" / "report.json").write_text("{}")
+    assert call(words(out, changes)).status == 0
+    assert report_of(out / "layer_0") == report
+
+
+@pytest.fixture(scope="module")
+def tuned(models: Callable[[str], Path], source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one layer, to be copied."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    small_runs.finish(small_runs.argv(out, models("gpt2"), source, {"layers": 0}))
+    return out
 
 
 @pytest.mark.parametrize(("model", "method"), [("gpt2", "tune"), ("llama", "importance"), ("bert", "mask")])

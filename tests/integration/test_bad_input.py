@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import pytest
 import small_runs
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_runs import Moment, kill_at, require_equal, save_model, small_disk, tree
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import Decomposition, UserError
+from qkscope import Decomposition, UserError, files
 from qkscope.data.documents import split_of
 from qkscope.pairs import mask
 
@@ -200,7 +202,7 @@ def test_out_holds_another_run(run: Callable[..., Path], words: Words, call: Cal
     call(words(out, other)).complaint("holds another run", "dictionary.k is 4.0 there, 3.0 here")
     config = out / "config.yaml"
     assert tree(out) == before
-    for damage in ("run: [", "nothing: 1", ""):
+    for damage in ("run: [", "nothing: 1", "", "run: 3", "run:"):
         config.write_text(damage)
         call(words(out, other)).complaint(f"{config} is damaged")
 
@@ -210,17 +212,60 @@ def test_out_cannot_be_made(words: Words, call: Callable) -> None:
     call(words(Path("/tmp") / ("x" * 300))).complaint("File name too long; choose another --out")
 
 
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """As if another process were writing in the folder."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def test_out_is_locked(words: Words, call: Callable, tmp_path: Path) -> None:
     """Also before the other process has written its config.yaml: its lock and folder must stay."""
     out = tmp_path / "run"
     out.mkdir()
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with taken(out):
         call(words(out)).complaint("--out", "another process is writing there")
         assert (out / ".lock").exists()
-    finally:
-        os.close(lock)
+
+
+def test_out_cannot_be_locked(words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems know no locks: that is not another process."""
+
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    call(words(tmp_path / "run")).complaint("--out", "cannot be locked (No locks available)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_a_run_that_is_locked(finished: Path, call: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in (".report.json.12345.tmp", ".tmpXb9f0Q"):  # safetensors has temporary names of its own
+        (out / "layer_0" / name).write_text("of a process that was killed")
+    before = tree(out)
+    with taken(out):
+        said = call(["evaluate", str(out)])
+        assert said.complaint("another process is writing there") and "--out" not in said.lines[-1]
+    assert tree(out) == before
+    assert call(["evaluate", str(out)]).status == 0
+    assert not list(out.rglob("*.tmp*"))
+
+
+def test_evaluating_a_member_of_a_sweep_that_is_locked(run: Callable[..., Path], call: Callable) -> None:
+    """A sweep's run writes in its members' folders too: its lock is theirs."""
+    out = run({"sweep.k": (2, 4), "layers": 0, "pairs.method": "importance"})
+    with taken(out):
+        call(["evaluate", str(out / "k2")]).complaint(f"{out / 'k2'}: another process is writing there")
+    (out / "checkpoint.safetensors").write_bytes(b"")
+    call(["evaluate", str(out / "k2")]).complaint(f"{out / 'k2'}: ", "is not finished")
+    (out / "checkpoint.safetensors").unlink()
+    assert call(["evaluate", str(out / "k2")]).status == 0
 
 
 # In the middle of a run
@@ -257,7 +302,7 @@ def test_activations_that_are_not_finite(words: Words, call: Callable, tmp_path:
     line = said.lines[-1]
     assert said.status == 2 and sum(one.startswith("qkscope: ") for one in said.lines) == 1
     assert line.startswith("qkscope: layer 0: ") and "NaN or infinity" in line
-    assert f"document {row}, position 3" in line  # 30, or 31 counting BOS
+    assert f"document {row}, position 30; " in line
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     assert ("at step " in line and "checkpoint is kept" in line) == (split == "train")
     assert all(t.isfinite().all() for t in load_file(checkpoint).values())
@@ -265,11 +310,29 @@ def test_activations_that_are_not_finite(words: Words, call: Callable, tmp_path:
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-def test_a_mask_that_cannot_fit(words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_cannot_fit(
+    words: Words, call: Callable, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before step 1 as what may be, after it as what is; then the same folder goes on, in this or another way."""
+    masked = {"pairs.method": "mask"}
     monkeypatch.setattr(mask, "_free_memory", lambda: 1000)
-    said = call(words(tmp_path / "run", {"pairs.method": "mask", "layers": 0}))
-    assert said.status == 2 and said.lines[-1].startswith("qkscope: --pairs.method mask: ")
+    said = call(words(tmp_path / "run", masked))
+    assert said.status == 2 and said.lines[-1].startswith("qkscope: --pairs.method mask: 2 masks of at most ")
     assert "use --pairs.method tune" in said.lines[-1]
+    warned = [line for line in said.lines if "may be refused after step 1" in line]
+    assert len(warned) == 1 and warned[0] == said.lines[1] and "2 masks of at most 33 x 33 x 4 take " in warned[0]
+    shutil.copytree(tmp_path / "run", tmp_path / "tuned")
+    again = call(words(tmp_path / "run", masked))
+    assert again.status == 2 and [line.split(",")[0] for line in again.lines[1:-1]] == ["going on from step1"]
+    call(words(tmp_path / "run", {"pairs.method": "mask", "dictionary.k": 3})).complaint("holds another run")
+    monkeypatch.undo()
+    assert call(words(tmp_path / "run", masked)).status == 0
+    assert call(words(tmp_path / "tuned")).status == 0
+    for layer in ("layer_0", "layer_1"):
+        require_equal(run(name="fresh") / layer, tmp_path / "tuned" / layer)
+    assert yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())["run"]["pairs"]["method"] == "tune"
+    # Nothing else but the way is open, and only until step 2 has begun.
+    call(words(tmp_path / "tuned", masked)).complaint("holds another run (pairs.method is 'tune' there, 'mask' here)")
 
 
 def test_a_full_disk(words: Words, call: Callable, run: Callable[..., Path], tmp_path: Path) -> None:
@@ -290,6 +353,17 @@ def test_a_full_disk(words: Words, call: Callable, run: Callable[..., Path], tmp
             assert not list(folder.rglob("*.tmp"))
         assert said.status == 0 and room > 100
         require_equal(wanted / "layer_0", folder / "run" / "layer_0")
+
+
+def test_a_checkpoint_that_cannot_be_written(
+    words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise SafetensorError('Error while serializing: I/O error: Permission denied (os error 13) at path "/x"')
+
+    monkeypatch.setattr(files, "save_file", refused)
+    said = call(words(tmp_path / "run", {"layers": 0}))
+    assert said.status == 2 and "checkpoint.safetensors: Permission denied; choose another --out" in said.lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -409,5 +483,6 @@ def test_evaluating_a_run_that_is_not_finished(words: Words, call: Callable, tmp
     out = tmp_path / "run"
     moment: Moment = ("os.rename", "layer_0/dictionaries.safetensors", 1)
     kill_at(moment, words(out, {"layers": 0}))
-    said = call(["evaluate", str(out)])
-    assert said.status == 2 and "dictionaries.safetensors is missing" in said.lines[-1]
+    before = tree(out)
+    call(["evaluate", str(out)]).complaint(f"{out}: ", "is not finished", "give the command that began it")
+    assert tree(out) == before

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from small_runs import Moment, finish, kill_at, logged, require_equal, save_text, tree
 
 STEPS = 6  # of step 1 with the small options: two checkpoints before its end
@@ -152,10 +153,17 @@ def test_a_damaged_checkpoint_is_said(words: Callable[..., list[str]], call: Cal
     command = words(tmp_path / "run")
     kill_at(MOMENTS["after a checkpoint"], command)
     path = tmp_path / "run" / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    said = call(command)
-    assert said.status == 2 and said.lines[-1].startswith("qkscope: ") and f"{path} is damaged" in said.lines[-1]
-    assert len(said.lines) == 2
+    whole = path.read_bytes()
+    for damage, part in (
+        (lambda: path.write_bytes(whole[:-100]), f"{path} is damaged"),
+        (lambda: save_file({"a": torch.ones(1)}, path), f"{path} is no checkpoint"),
+    ):
+        damage()
+        said = call(command)
+        assert said.status == 2 and said.lines[-1].startswith(f"qkscope: {part}")
+        assert said.lines[-1].endswith("; remove it to begin the run anew") and len(said.lines) == 2
+    path.unlink()
+    assert call(command).status == 0
 
 
 def test_interrupted(words: Callable[..., list[str]], tmp_path: Path) -> None:

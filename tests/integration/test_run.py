@@ -86,10 +86,13 @@ def require_artefact(folder: Path, layer: int, model: str, count: int = 60, widt
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert RunConfig.model_validate(config["run"]).training.seed == 0
     assert {"versions", "device", "sites"} <= config.keys() and config["versions"].keys() >= {"qkscope", "git_commit"}
-    for side, heads in (("query", N), ("key", G)):
-        wanted = {"W_enc": (D, width), "b_enc": (width,), "b_in": (D,), "W_dec": (width, heads * H)}
-        wanted |= {"b_out": (heads * H,), "threshold": (width,)}
-        tensors = load_file(here / "dictionaries.safetensors")
+    tensors = load_file(here / "dictionaries.safetensors")
+    widths = [tensors[f"{side}.W_enc"].shape[1] for side in ("query", "key")]
+    tuned = config["run"]["pairs"]["method"] == "tune"  # drops the features that no pair names
+    assert all(0 < w <= width if tuned else w == width for w in widths)
+    for side, heads, w in (("query", N, widths[0]), ("key", G, widths[1])):
+        wanted = {"W_enc": (D, w), "b_enc": (w,), "b_in": (D,), "W_dec": (w, heads * H)}
+        wanted |= {"b_out": (heads * H,), "threshold": (w,)}
         assert {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(side)} == {
             f"{side}.{name}": shape for name, shape in wanted.items()
         }
@@ -104,7 +107,7 @@ def require_artefact(folder: Path, layer: int, model: str, count: int = 60, widt
         pairs
     )
     features = require_schema(here / "features.parquet", FEATURES)
-    assert len(features) == 2 * width
+    assert len(features) == sum(widths)
     examples = require_schema(here / "examples.parquet", EXAMPLES)
     assert 0 < max(examples["rank"].to_pylist()) < 12
     require_report(here, model, len(pairs), (width + 1) ** 2 * N, features, N)

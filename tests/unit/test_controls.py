@@ -9,30 +9,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pair_map import all_pairs, map_scores, pairs_of, slow_map, some_of, strengths_of
-from test_pattern_kl import LAYERS, close, slow_scores, some_inputs, some_sides
+from layers import (
+    LAYERS,
+    all_pairs,
+    close,
+    map_scores,
+    pairs_of,
+    slow_map,
+    slow_scores,
+    some_decomposition,
+    some_inputs,
+    some_of,
+    strengths_of,
+)
 from torch import Tensor
 
-from qkscope.config import RunConfig
-from qkscope.decomposition import Decomposition, SiteShape
 from qkscope.evaluate.controls import explicit_scores, shuffled_pairs, svd_dictionaries, untrained
 from qkscope.pairs.pair_map import Pairs
-from qkscope.pattern import AttentionInputs
 from qkscope.training.start import side_statistics
-
-
-def some_decomposition(
-    inputs: AttentionInputs, share: float = 0.4, widths: tuple[int, int] = (9, 8), seed: int = 0
-) -> Decomposition:
-    """A decomposition of a random layer with random strengths."""
-    sides = some_sides(inputs, widths=widths)
-    pairs = some_of(pairs_of(inputs, sides), share)
-    q, k = inputs.q_BTNH, inputs.k_BTGH
-    shape = SiteShape(inputs.x_BTD.shape[2], q.shape[2], k.shape[2], q.shape[3], inputs.rule.rotary is not None)
-    values = {"dictionary": {"width": widths[0], "width_key": widths[1], "k": 3}, "training": {"seed": seed}}
-    strength = torch.randn(len(pairs), generator=torch.Generator().manual_seed(seed))
-    return Decomposition(3, shape, *sides, pairs, strength, strength, strength.abs(), RunConfig.model_validate(values))
-
 
 # Every pair, one by one ------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pattern_kl import close, some_dictionary, some_inputs
+from layers import close, some_dictionary, some_inputs
 from torch import Tensor
 
 from qkscope.config import Activation, RunConfig

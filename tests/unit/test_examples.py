@@ -54,7 +54,9 @@ def decomposition(bos: bool = True) -> Decomposition:
     return Decomposition(3, shape, query_side, key_side, pairs, values, values, values, config)
 
 
-def batches(count: int = 6, sequences: int = 3, length: int = 11) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+def batches(
+    count: int = 6, sequences: int = 3, length: int = 11, bos: bool = True
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Random batches with padding, under which activations are not zero; the last feature of a side never fires."""
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
@@ -63,7 +65,7 @@ def batches(count: int = 6, sequences: int = 3, length: int = 11) -> Iterator[tu
         tokens = torch.randint(1, 27, (sequences, length), generator=generator)
         tokens[:, 0] = 0
         documents = torch.arange(sequences) + 10 * number
-        batch = Batch(tokens, real, documents, torch.randint(0, 50, (sequences,), generator=generator))
+        batch = Batch(tokens, real, documents, torch.randint(0, 50, (sequences,), generator=generator), bos)
         acts = {}
         for side, width in WIDTHS.items():
             # Rounded, so that equal activations occur and the earlier of them has to stand.
@@ -76,7 +78,7 @@ def slow_examples(side: str, most: int, window: int, bos: bool) -> list[dict[str
     out = []
     for feature in range(WIDTHS[side]):
         found = []
-        for batch, acts in batches():
+        for batch, acts in batches(bos=bos):
             for b, length in enumerate(batch.real_BT.sum(1).tolist()):
                 values = acts[side][b, :length, feature].tolist()
                 at = values.index(max(values))
@@ -103,7 +105,7 @@ def slow_examples(side: str, most: int, window: int, bos: bool) -> list[dict[str
 
 def written(tmp_path: Path, most: int, window: int = 4, bos: bool = True) -> tuple[pa.Table, pa.Table]:
     examples = Examples(decomposition(bos), most, window)
-    for batch, acts in batches():
+    for batch, acts in batches(bos=bos):
         examples.add(batch, acts)
     examples.write(tmp_path / "layer_3", Letters())
     assert sorted(p.name for p in (tmp_path / "layer_3").iterdir()) == ["examples.parquet", "features.parquet"]

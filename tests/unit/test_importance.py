@@ -7,16 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_pair_map import Sides, all_pairs, map_scores, pairs_of, rows_of, some_of, strengths_of
-from test_pattern_kl import (
+from layers import (
     LAYERS,
+    Sides,
+    all_pairs,
     close,
+    map_scores,
+    pairs_of,
+    rows_of,
     slow_kl_rows,
     slow_mean,
     slow_pattern_of,
     slow_scores,
     some_inputs,
+    some_of,
     some_sides,
+    strengths_of,
     turn_matrix,
 )
 from torch import Tensor

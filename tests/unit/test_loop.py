@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pattern_kl import some_inputs
+from layers import some_inputs
 from texts import BOS, WORDS, data_config, documents_of, stream
 from tiny import tiny_model
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ def test_activations_that_are_not_finite_name_layer_step_document_and_position(t
         )  # fmt: skip
     said = str(error.value)
     assert "\n" not in said and "layer 0" in said and f"step {step}," in said
-    assert "document 23," in said and "position 5;" in said  # the BOS token stands at 0
+    assert "document 23," in said and "position 4;" in said  # BOS is no token of it
     assert len(job.seen) == step
     saved = checkpoint.load(path)
     assert saved is not None and saved[1].step == step and float(saved[0]["run|0|weight"]) == float(job.weight.detach())

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from test_objective import OFF
-from test_pair_map import map_scores, pairs_of, slow_map, strengths_of
-from test_pattern_kl import (
+from layers import (
     LAYERS,
+    OFF,
     close,
+    map_scores,
+    pairs_of,
     slow_kl,
     slow_kl_rows,
+    slow_map,
     slow_mean,
     slow_pattern_of,
     slow_scores,
     some_inputs,
     some_sides,
+    strengths_of,
 )
 from torch import Tensor
 
@@ -108,14 +113,30 @@ def test_steps_clamp_to_the_unit_interval_and_train_nothing_else() -> None:
 def test_a_mask_that_cannot_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_free_memory", lambda: 10 << 30)
     cpu = torch.device("cpu")
-    require_memory(1000, 1000, 12, cpu)
+    require_memory([(1000, 1000, 12)], cpu)
     with pytest.raises(UserError) as error:
-        require_memory(24_001, 24_001, 32, cpu)
+        require_memory([(24_001, 24_001, 32)], cpu)
     said = str(error.value)
     assert "\n" not in said and "24001" in said and "32" in said and "10.0 GiB" in said and "tune" in said
     with pytest.raises(UserError):  # the mask alone takes 5 GiB; training takes several copies
-        require_memory(10_000, 11_000, 12, cpu)
+        require_memory([(10_000, 11_000, 12)], cpu)
 
 
-def test_free_memory_is_measured() -> None:
+def test_masks_of_one_run_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are trained side by side, so all but what one step needs for itself adds up."""
+    one = (1000, 1000, 10)  # 40 MB
+    cpu = torch.device("cpu")
+    for count, megabytes in ((1, 280), (2, 440), (5, 920)):
+        monkeypatch.setattr(room, "_free_memory", lambda free=megabytes * 10**6: free)
+        require_memory([one] * count, cpu)
+        monkeypatch.setattr(room, "_free_memory", lambda free=megabytes * 10**6 - 1: free)
+        with pytest.raises(UserError, match="1000 x 1000 x 10"):
+            require_memory([one] * count, cpu)
+
+
+def test_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert 1 << 20 < room._free_memory() < 1 << 50
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
+    assert 1 << 20 < room._free_memory() < 1 << 50  # where there is no such file
+    room.MEMINFO.write_text("MemTotal: 16000 kB\nMemFree: 100 kB\nMemAvailable: 9000 kB\nCached: 8900 kB\n")
+    assert room._free_memory() == 9000 * 1024

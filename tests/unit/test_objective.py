@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from test_pattern_kl import LAYERS, close, slow_kl, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs, some_sides
+from layers import LAYERS, OFF, close, job_for, slow_kl, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs
 from torch import Tensor
 
-from qkscope.config import DictionaryConfig
-from qkscope.pattern import AttentionInputs
 from qkscope.training.objective import PatternTarget, revival_loss, root_penalty
-from qkscope.training.recipes import resolved
-from qkscope.training.step1 import Step1Job
-
-OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
-
-
-def job_for(inputs: AttentionInputs, seed: int = 0, **config: Any) -> Step1Job:
-    wanted = resolved(DictionaryConfig(**{"recipe": "seed", "width": 9, "width_key": 8, "k": 3, **config}))
-    assert wanted.activation is not None
-    return Step1Job(0, "", wanted, *some_sides(inputs, seed, activation=wanted.activation))
-
-
-def doubled(inputs: AttentionInputs) -> AttentionInputs:
-    """Every sequence twice."""
-
-    def twice(t: Tensor) -> Tensor:
-        return torch.cat([t, t])
-
-    rule = inputs.rule
-    if rule.rotary is not None:
-        table = rule.rotary
-        rule = replace(rule, rotary=replace(table, cos_BTH=twice(table.cos_BTH), sin_BTH=twice(table.sin_BTH)))
-    if len(rule.visible_BQK) > 1:
-        rule = replace(rule, visible_BQK=twice(rule.visible_BQK))
-    return AttentionInputs(twice(inputs.x_BTD), twice(inputs.q_BTNH), twice(inputs.k_BTGH), rule, twice(inputs.real_BT))
 
 
 @pytest.mark.parametrize("name", LAYERS)

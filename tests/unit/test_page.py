@@ -62,6 +62,7 @@ def fake_report(layer: int, *, head: bool = True, controls: bool = True) -> dict
         "dense": {"query": figure(0.05, 0.2), "key": figure(0.07, 0.2)},
         "live": {"query": 116, "key": 106},
         "width": {"query": WIDTH, "key": WIDTH},
+        "width_trained": {"query": 2400, "key": 600},
         "log10_density": {"edges": EDGES, "query": density, "key": [*density[3:], 0, 0, 0]},
         "pairs": {
             "kept": KEPT, "total": 87846, "total_live": 75114, "share_of_total": 0.00455, "share_of_live": 0.0053,
@@ -116,6 +117,7 @@ def fake_pairs(folder: Path) -> None:
     rows = []
     for rank in range(KEPT):
         query, key = (rank * 7) % WIDTH, (rank * 13) % WIDTH
+        key -= key % 6 == 5  # so 100 of 120 key features are in a pair
         rows.append({"query_feature": -1 if rank == 3 else query, "key_feature": -1 if rank == 5 else key,
                      "head": (rank * 5) % HEADS, "strength": (-1) ** rank * (2.0 - rank / KEPT), "weight_strength": 1.0,
                      "importance": 0.012 / (rank + 1), "rank": rank})  # fmt: skip
@@ -220,6 +222,7 @@ def test_every_part_of_a_full_run(tmp_path: Path) -> None:
     for words in (
         "QK decomposition of gpt2", "Summary", "Layer 2", "Layer 10", "Pattern KL, pruned map", "0.203 [0.197, 0.209]",
         "CE increase, pruned map", "0.0068 [0.0054, 0.0082]", "116 of 120 features live", "Pairs kept 400",
+        "the kept pairs use 120 of the 2,400 trained", "the kept pairs use 100 of the 600 trained",
         "Cross-entropy increase", "KL of the model's output", "shuffled pairs", "SVD of QK", "before tuning",
         "Firing frequency, query features", "4 of 120 never fired", "training set, end of each phase", "tune-4",
         "Each head", "Strongest pairs", "Densest features", "bias always active", "Patterns on a held-out text",

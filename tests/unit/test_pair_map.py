@@ -9,76 +9,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pattern_kl import LAYERS, close, rotation, slow_pattern_of, slow_scores, some_inputs, some_sides, turn_matrix
+from layers import (
+    LAYERS,
+    all_pairs,
+    close,
+    map_scores,
+    pairs_of,
+    rotation,
+    rows_of,
+    slow_map,
+    slow_pattern_of,
+    slow_scores,
+    some_inputs,
+    some_of,
+    some_sides,
+    strengths_of,
+    turn_matrix,
+)
 from torch import Tensor
 
-from qkscope.dictionary import SparseTranscoder
 from qkscope.pairs.pair_map import Pairs, pair_scores, rows, turn, weight_strength, with_bias
-from qkscope.pattern import AttentionInputs, PatternRule
-
-Sides = tuple[SparseTranscoder, SparseTranscoder]
-
-
-def all_pairs(n_query: int, n_key: int, n_heads: int) -> Pairs:
-    """Every pair of every head, bias rows included, in no order."""
-    head, a, b = torch.ones(n_heads, n_query + 1, n_key + 1).nonzero(as_tuple=True)
-    order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
-    return Pairs.of(a[order], b[order], head[order], n_query, n_key, n_heads)
-
-
-def some_of(pairs: Pairs, share: float, seed: int = 0) -> Pairs:
-    keep = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < share
-    return pairs.take(keep.nonzero()[:, 0])
-
-
-def pairs_of(inputs: AttentionInputs, sides: Sides) -> Pairs:
-    return all_pairs(sides[0].width, sides[1].width, inputs.q_BTNH.shape[2])
-
-
-def rows_of(inputs: AttentionInputs, sides: Sides) -> tuple[Tensor, Tensor]:
-    return rows(sides[0], inputs.q_BTNH.shape[2]).detach(), rows(sides[1], inputs.k_BTGH.shape[2]).detach()
-
-
-def strengths_of(inputs: AttentionInputs, sides: Sides, pairs: Pairs) -> Tensor:
-    """What a map at its own weights has: with a rotary embedding a factor of 1."""
-    if inputs.rule.rotary is not None:
-        return torch.ones(len(pairs))
-    return weight_strength(pairs, *rows_of(inputs, sides))
-
-
-def map_scores(inputs: AttentionInputs, sides: Sides, pairs: Pairs, strength: Tensor | None = None) -> Tensor:
-    """`pair_scores` of a layer; by default at the weights' own strengths."""
-    acts_q, acts_k = (with_bias(side.encode(inputs.x_BTD)).detach() for side in sides)
-    rows_q, rows_k = rows_of(inputs, sides)
-    strength = strengths_of(inputs, sides, pairs) if strength is None else strength
-    return pair_scores(pairs, strength, acts_q, acts_k, rows_q, rows_k, inputs.rule)
-
-
-def slow_map(
-    inputs: AttentionInputs, sides: Sides, pairs: Pairs, strength: Tensor, acts: list[Tensor] | None = None
-) -> Tensor:
-    """Capped scores by loops over sequences, pairs and positions, float64."""
-    rule, (batch, length, heads, width) = inputs.rule, inputs.q_BTNH.shape
-    groups = inputs.k_BTGH.shape[2]
-    acts_q, acts_k = acts or [with_bias(side.encode(inputs.x_BTD)).detach().double() for side in sides]
-    left, right = (r.double() for r in rows_of(inputs, sides))
-    sums = torch.zeros(batch, heads, length, length).tolist()
-    for b in range(batch):
-        turns = [turn_matrix(rule.rotary, b, t, width) for t in range(length)]
-        for p in range(len(pairs)):
-            a, c, n = int(pairs.query_P[p]), int(pairs.key_P[p]), int(pairs.head_P[p])
-            g = n // (heads // groups)
-            queries, keys = [turn @ left[a, n] for turn in turns], [turn @ right[c, g] for turn in turns]
-            factor = rule.scaling * float(strength[p])
-            on_q, on_k = acts_q[b, :, a].tolist(), acts_k[b, :, c].tolist()
-            for i in range(length):
-                for j in range(length):
-                    if on_q[i] and on_k[j]:
-                        m = 1.0 if rule.rotary is None else float(queries[i] @ keys[j])
-                        sums[b][n][i][j] += factor * on_q[i] * m * on_k[j]
-    out = torch.tensor(sums, dtype=torch.float64)
-    return out if rule.softcap is None else rule.softcap * torch.tanh(out / rule.softcap)
-
+from qkscope.pattern import PatternRule
 
 # Nothing is left out ---------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pattern_kl import LAYERS, close, some_inputs
+from layers import LAYERS, close, some_inputs
 from torch import Tensor
 
 from qkscope.evaluate.patterns import MeanPattern, PatternScore, uniform_log_pattern

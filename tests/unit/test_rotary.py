@@ -1,4 +1,4 @@
-"""Rotations read off a model file's own function: their inverse, their layouts, and scores by distance."""
+"""Rotations read off a model file's own function: their inverse and their layouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as partial
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half_split
 
-from qkscope.rotary import Rotary, RotaryCall, RotaryLayout
+from qkscope.rotary import RotaryCall, RotaryLayout
 
 T, N, H = 40, 3, 16
 
@@ -84,28 +84,6 @@ def test_unrotate_is_the_inverse_with_scaled_tables(scale: float) -> None:
     torch.testing.assert_close(norm, scale * before.norm(dim=-1))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.37])
-@pytest.mark.parametrize(("function", "width", "first"), LAYOUTS)
-def test_by_distance_equals_rotation_at_positions(function: Callable, width: int, first: int, scale: float) -> None:
-    rotary = layout(function, width, first)[0].rotary(*tables(width, scale))
-    generator = torch.Generator().manual_seed(2)
-    w_q, w_k = torch.randn(2, 5, H, generator=generator)
-    distances = torch.arange(-(T - 1), T)
-    found = rotary.by_distance(w_q, w_k, distances)
-    assert found.shape == (5, 2 * T - 1)
-    everywhere = [rotary.rotate(w[None, None].expand(1, T, 5, H))[0] for w in (w_q, w_k)]  # [T, 5, H]
-    for i, j in [(0, 0), (7, 7), (9, 2), (2, 9), (T - 1, 0), (0, T - 1), (30, 29), (11, 31)]:
-        wanted = (everywhere[0][i] * everywhere[1][j]).sum(-1)
-        torch.testing.assert_close(found[:, distances.tolist().index(i - j)], wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_by_distance_tells_ahead_from_behind() -> None:
-    rotary = layout(half_split, H)[0].rotary(*tables(H))
-    w_q, w_k = torch.randn(2, 5, H, generator=torch.Generator().manual_seed(3))
-    ahead, behind = rotary.by_distance(w_q, w_k, torch.tensor([4, -4])).T
-    assert not torch.allclose(ahead, behind, atol=0.1)
-
-
 def test_tables_of_a_batch_keep_their_sequences() -> None:
     found, before, _ = layout(half_split, H)
     cos, sin = tables(H, positions=T + 5)
@@ -114,10 +92,3 @@ def test_tables_of_a_batch_keep_their_sequences() -> None:
     rotated = both.rotate(before.expand(2, -1, -1, -1))
     torch.testing.assert_close(rotated[:1], found.rotary(*early).rotate(before))
     torch.testing.assert_close(rotated[1:], found.rotary(*late).rotate(before))
-
-
-def test_no_rotation_is_a_plain_product() -> None:
-    still = Rotary(torch.ones(1, T, H), torch.zeros(1, T, H), torch.arange(H))
-    w_q, w_k = torch.randn(2, 5, H)
-    found = still.by_distance(w_q, w_k, torch.tensor([0, 3, -3]))
-    torch.testing.assert_close(found, (w_q * w_k).sum(-1, keepdim=True).expand(5, 3))

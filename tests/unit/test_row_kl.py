@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_pattern_kl import close, slow_kl_rows
+from layers import close, slow_kl_rows
 
 from qkscope.kernels.row_kl import exp, row_entropy, row_kl
 

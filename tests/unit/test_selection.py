@@ -8,9 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pair_map import pairs_of, slow_map, some_of
-from test_pattern_kl import slow_kl_rows, slow_mean, slow_pattern_of, slow_scores, some_inputs, some_sides
+from layers import (
+    pairs_of,
+    slow_kl_rows,
+    slow_map,
+    slow_mean,
+    slow_pattern_of,
+    slow_scores,
+    some_inputs,
+    some_of,
+    some_sides,
+)
 
+from qkscope.config import PairsConfig
+from qkscope.pairs.phases import phases_of
 from qkscope.pairs.selection import LADDER, fewest, ladder, map_kl, top
 from qkscope.pairs.tune import MapJob
 
@@ -91,3 +102,19 @@ def test_map_kl_is_a_mean_over_tokens_of_all_batches() -> None:
         total, tokens = total + n * float(slow_mean(slow_kl_rows(true, hat), inputs.real_BT)), tokens + n
     assert map_kl(job, sample) == pytest.approx(total / tokens, rel=1e-4)
     assert job.training
+
+
+def test_phases_of_step_two() -> None:
+    """tune's counts fall to the asked one, and under a bound by halves below it; the tokens are those of all stages."""
+    config = PairsConfig(count=1000, tokens=400, stages=4, first=8)
+    assert [(p.name, p.count, p.tokens, p.spare) for p in phases_of(config)] == [
+        ("tune1", 8000, 100, False), ("tune2", 4000, 100, False), ("tune3", 2000, 100, False),
+        ("tune4", 1000, 100, False),
+    ]  # fmt: skip
+    bounded = phases_of(config.model_copy(update={"max_kl": 0.1, "count": 6}))
+    assert [(p.name, p.count) for p in bounded if p.spare] == [("tune5", 3), ("tune6", 1)]
+    for method in ("refit", "mask"):
+        phases = phases_of(config.model_copy(update={"method": method}))
+        assert [(p.name, p.count, p.tokens) for p in phases] == [(method, 1000, 400)]
+    for none in ({"method": "importance"}, {"tokens": 0}):
+        assert phases_of(config.model_copy(update=none)) == []

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import (
+    BOS,
     Row,
     change,
     data_config,
@@ -50,6 +51,10 @@ def slow_epoch(config: DataConfig, split: Split, seed: int, epoch: int, first: i
     ]
 
 
+def encoding(text: str) -> list[int]:
+    return BOS(text, add_special_tokens=False)["input_ids"]
+
+
 def length_of(row: Row) -> int:
     return len(row[2])
 
@@ -59,6 +64,24 @@ def padding(batches: list[Batch]) -> float:
 
 
 # -------------------------------------------------------------------------------------------------- the cut
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_positions_are_places_in_the_document(tmp_path: Path, bos: bool) -> None:
+    """Of every sequence of a document, not of the first alone; an opening token has none."""
+    texts = documents_of([40] * 20)
+    config = change(write(tmp_path / "text.jsonl", texts), context=12, prepend_bos=bos)
+    tokens = [encoding(text) for text in texts]
+    seen = 0
+    for batch in stream(config):
+        for b, t in batch.real_BT.nonzero():
+            position, token = int(batch.positions(b, t)), int(batch.tokens_BT[b, t])
+            if bos and t == 0:
+                assert position == sequences.OPENING == -1
+            else:
+                assert tokens[int(batch.document_B[b])][position] == token
+                seen = max(seen, position)
+    assert seen > 24
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pattern_kl import close
+from layers import close
 from torch import Tensor
 
 from qkscope.kernels import sparse_linear as kernel

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from test_pattern_kl import LAYERS, close, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs, turn_matrix
+from layers import LAYERS, close, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs, turn_matrix
 from torch import Tensor
 
 from qkscope.config import Activation, DictionaryConfig

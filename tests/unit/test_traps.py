@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_controls import some_decomposition
+from layers import (
+    LAYERS,
+    OFF,
+    close,
+    doubled,
+    job_for,
+    map_scores,
+    pairs_of,
+    some_decomposition,
+    some_dictionary,
+    some_inputs,
+    some_sides,
+)
 from test_loop import OneNumber, fit, source
-from test_objective import OFF, doubled, job_for
-from test_pair_map import map_scores, pairs_of
-from test_pattern_kl import LAYERS, close, some_dictionary, some_inputs, some_sides
 from texts import BOS, documents_of, rows_of, stream, take
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor

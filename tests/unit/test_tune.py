@@ -6,18 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_objective import OFF
-from test_pair_map import map_scores, pairs_of, slow_map, some_of, strengths_of
-from test_pattern_kl import (
+from layers import (
     LAYERS,
+    OFF,
     close,
+    map_scores,
+    pairs_of,
     slow_kl,
     slow_kl_rows,
+    slow_map,
     slow_mean,
     slow_pattern_of,
     slow_scores,
     some_inputs,
+    some_of,
     some_sides,
+    strengths_of,
 )
 from torch import Tensor
 
@@ -182,3 +186,19 @@ def test_tune_drops_features_with_their_last_pair(rotary: str | None, activation
     job.train()
     trained(job, inputs, 2)
     assert all(p.grad is not None for name, p in job.named_parameters() if name.endswith(("W_enc", "W_dec")))
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_a_side_of_which_only_the_bias_is_named_keeps_a_feature(activation: str) -> None:
+    """Few pairs can all have the query's bias: training goes on, and the map is the same."""
+    inputs = some_inputs(60)
+    job, frozen = (some_job(inputs, tuned=tuned, activation=activation) for tuned in (True, False))
+    index = ((job.query_P == 5) & (job.key_P < 4)).nonzero()[:, 0]
+    for one in (job, frozen):
+        one.keep(index)
+    assert (job.query.width, job.key.width) == (1, 4) and job.pairs.query_P.unique().tolist() == [1]
+    found, wanted = (one.eval().kl_rows(PatternTarget(inputs))[0].detach() for one in (job, frozen))
+    close(found, wanted, 1e-6)
+    job.train()
+    trained(job, inputs, 2)
+    job.query.calibrate(inputs.x_BTD.flatten(0, 1))

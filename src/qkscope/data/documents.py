@@ -20,6 +20,7 @@ from ..errors import UserError, nearest
 from .files import ENDINGS, Rows, open_rows
 
 Split = Literal["train", "validation", "heldout"]
+EMBEDDED = "embedded"  # the source that is written as it is read: stories/
 SPLITS: tuple[Split, ...] = get_args(Split)
 _UNKNOWN = len(SPLITS)  # the split of a document not yet looked at
 # A missing path with one of these endings was meant as a file, not as a dataset on the hub.
@@ -90,6 +91,10 @@ def open_documents(config: DataConfig) -> Documents:
         raise UserError(
             f"data.source is {config.source!r}; name a .txt, .jsonl or .parquet file or a Hugging Face dataset"
         )
+    if config.source == EMBEDDED:
+        from .stories import StoryDocuments  # its words are of no use to any other source
+
+        return StoryDocuments(config.heldout)
     path = local_path(config.source)
     if path is None:
         from .hub import HubDocuments  # the hub's library takes a second to import; a local file does without it

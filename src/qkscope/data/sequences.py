@@ -28,6 +28,7 @@ SHORTEST = 8  # content tokens; a shorter piece is dropped: it has next to no pa
 WINDOW = 32  # batches that are read ahead and cut by length; fewer leave more padding
 AHEAD_DOCUMENTS = 64  # documents tokenised at once ...
 AHEAD_CHARACTERS = 1 << 20  # ... or so many characters, whichever is first reached
+OPENING = -1  # the position of BOS, which is no token of the document
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,24 @@ class Batch:
     """int64: index of the document in its source; running number for a streamed one."""
     offset_B: Tensor
     """int64: where in its document the sequence starts, in content tokens (BOS not counted)."""
+    opened: bool = False
+    """Whether each sequence starts with a token that its document does not hold (BOS or CLS)."""
 
     @property
     def n_tokens(self) -> int:
         """Real tokens, BOS included."""
         return int(self.real_BT.sum())
 
+    def positions(self, row_E: Tensor, at_E: Tensor) -> Tensor:
+        """Where in its document each token stands that is at `at` in sequence `row`, in content tokens from 0 (BOS not
+        counted, also those that open the document's earlier sequences); -1 for an opening token itself."""
+        if not self.opened:
+            return self.offset_B[row_E] + at_E
+        return (self.offset_B[row_E] + at_E - 1).masked_fill(at_E == 0, OPENING)
+
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            self.tokens_BT.to(device), self.real_BT.to(device), self.document_B.to(device), self.offset_B.to(device)
-        )
+        moved = (t.to(device) for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))
+        return Batch(*moved, opened=self.opened)
 
 
 class Cursor(NamedTuple):
@@ -243,7 +252,7 @@ class Sequences:
             real_BT[row, :end] = True
         document_B = torch.tensor([piece.document for piece in pieces])
         offset_B = torch.tensor([piece.offset for piece in pieces])
-        return Batch(tokens_BT, real_BT, document_B, offset_B)
+        return Batch(tokens_BT, real_BT, document_B, offset_B, opened=self._first is not None)
 
 
 def first_token(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

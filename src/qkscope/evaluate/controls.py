@@ -3,6 +3,7 @@
 - `random`: dictionaries of the same width with random directions, never trained, their decoder rows the directions sent
   through the model's own projection, one gain fitted; as many active features a token as the trained ones.
 - `svd`: the singular directions of each head's W_Qᵀ W_K (both signs), the largest kept, at the same L0.
+- `residual`: the residual stream's own coordinates as features, both signs, at the same L0.
 - `shuffled`: the kept pairs with their strengths, the key features permuted within each head.
 """
 
@@ -81,6 +82,23 @@ def _directions(
             transcoder.W_dec[place, head * h : (head + 1) * h] = both.T @ projection_DnH[:, head]
             at = place.stop
     return transcoder
+
+
+@torch.no_grad()
+def residual_basis(dec: Decomposition, sample: list[AttentionInputs], l0: dict[str, float]) -> Decomposition:
+    """The residual stream's own coordinates as features, of both signs, at the same L0; without pairs."""
+    sides = {}
+    for side, s in side_statistics(sample[:16]).items():
+        basis = torch.eye(dec.shape.D, device=s.x_nD.device)
+        transcoder = SparseTranscoder(dec.shape.D, 2 * dec.shape.D, s.out_nM.shape[1], "batchtopk", l0[side])
+        transcoder.to(basis.device)
+        transcoder.b_in.copy_(s.x_nD.mean(0))
+        transcoder.b_out.copy_(s.out_nM.mean(0))
+        transcoder.W_enc.copy_(torch.cat([basis, -basis], 1))
+        transcoder.W_dec.copy_(torch.cat([s.projection_DM, -s.projection_DM]))
+        _set_threshold(transcoder, s.x_nD)
+        sides[side] = transcoder
+    return _without_pairs(dec, sides["query"], sides["key"])
 
 
 @torch.no_grad()

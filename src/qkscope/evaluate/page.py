@@ -142,7 +142,7 @@ def _headline(layer: Layer) -> str:
     tiles.append(("Top-1, pruned map", top1, "of query rows have the same top key"))
     for side in SIDES:
         live = f"{number(layer.figure('live', side))} of {number(layer.figure('width', side))} features live"
-        note = f"{live}; dead {_value(layer.figure('dead', side), 100, ' %')}"
+        note = f"{live}; dead {_value(layer.figure('dead', side), 100, ' %')}{_named(layer, side)}"
         tiles.append((f"L0, {side}", _value(layer.figure("l0", side)), note))
     share, of_live = (_short(layer.figure("pairs", key), True) for key in ("share_of_total", "share_of_live"))
     active = _short(layer.figure("pairs", "active_per_score"))
@@ -150,6 +150,13 @@ def _headline(layer: Layer) -> str:
     tiles.append(("Pairs kept", number(layer.figure("pairs", "kept")), note))
     cells = "".join(f'<div><dt>{text(a)}</dt><dd>{b}</dd><dd class="sub">{c}</dd></div>' for a, b, c in tiles)
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def _named(layer: Layer, side: str) -> str:
+    """How many of the features that step 1 trained are in a kept pair; tune has dropped the others by now."""
+    trained = layer.figure("width_trained", side)
+    named = {pair[f"{side}_feature"] for pair in layer.pairs} - {-1}
+    return f"; the kept pairs use {number(len(named))} of the {number(trained)} trained" if named and trained else ""
 
 
 def _bars(found: dict[str, Any], title: str, words: str, log: bool) -> str:

@@ -46,7 +46,7 @@ class PatchedScore:
         out: dict[str, Any] = {
             "ce": {name: ratio.figure() for name, ratio in self.ce.items()},
             "logit_kl": {name: ratio.figure() for name, ratio in self.kl.items()},
-            "ce_increase": {name: self._increase(name) for name in self.ce if name != "model"},
+            "ce_increase": {name: self.increase(name) for name in self.ce if name != "model"},
         }
         recovered: dict[str, Any] = {}
         for name in self.kl:
@@ -57,7 +57,7 @@ class PatchedScore:
                 }
         return {**out, "recovered": recovered}
 
-    def _increase(self, name: str) -> dict[str, Any]:
+    def increase(self, name: str) -> dict[str, Any]:
         """Cross-entropy above the model's own, token by token (the interval is that of the difference)."""
         (sums, weights), (base, _) = self.ce[name].totals(), self.ce["model"].totals()
         return ratio_figure(sums - base, weights)

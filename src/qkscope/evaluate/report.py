@@ -94,7 +94,7 @@ def measure(
         sources["step1"] = step1.log_pattern_all
     others: dict[str, Any] = {}
     if controls:
-        l0 = _sample_l0(dec, sample)
+        l0 = sample_l0(dec, sample)
         others = {name: c.log_pattern_all for name, c in untrained(dec, sample, l0).items()}
         pairs, strength = shuffled_pairs(dec)
         others["shuffled"] = lambda inputs: _masked(inputs, dec.scores(inputs, pairs, strength))
@@ -158,7 +158,8 @@ def _masked(inputs: AttentionInputs, scores: Tensor) -> Tensor:
     return inputs.rule.masked(scores).log_softmax(-1)
 
 
-def _sample_l0(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, float]:
+def sample_l0(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, float]:
+    """Active features a side on the first of a sample: what the controls get."""
     totals = dict.fromkeys(SIDES, 0.0)
     count = 0
     for inputs in sample[:16]:
@@ -212,6 +213,10 @@ def _pair_report(
     curve_kl: dict[float, dict[str, Any]],
     curve: dict[float, tuple[Pairs, Tensor]],
 ) -> dict[str, Any]:
+    """Kept pairs as shares: of all between the features that step 1 trained, and of those between what lives now.
+
+    Each side's bias counts as a feature in both.
+    """
     kept, heads = len(dec.pairs), dec.shape.N
     trained = dec.config.dictionary  # tune drops features with their last pair; a share is of what it began with
     total = (trained.width + 1) * (trained.key_width + 1) * heads

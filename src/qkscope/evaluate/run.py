@@ -13,29 +13,39 @@ import torch
 
 from ..attention import AttentionInputs, AttentionSite, harvest, open_sites
 from ..config import build
-from ..data import Sequences
-from ..data.documents import Split
+from ..data import Batch, Sequences
+from ..data.documents import EMBEDDED, Split
 from ..decomposition import Decomposition, load_transcoders, read_run
 from ..errors import UserError
 from ..explain.examples import Examples, token_texts
-from ..files import write_json
+from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
 from ..models import load_model
 from ..progress import Reporter
-from ..run_folder import layer_folder, variants
+from ..run_folder import claimed, layer_folder, require_finished, variants
 from ..training.stream import harvest_finite
+from .heads import head_roles
+from .labels import StoryLabels
 from .page import write_page
-from .report import measure
+from .report import measure, sample_l0
+from .truth import truth_scores
 
 SAMPLE_TOKENS = 65_536  # training tokens behind the mean pattern and the controls' starts
+TRUTH_TOKENS = 32_768  # held-out tokens on which features are compared with known roles ...
+HEAD_BATCHES = 1  # ... and batches of it on which each head is intervened on
 SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
 
 
 def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
-    """Measure every layer of a finished run again and write its report anew."""
+    """Measure every layer of a finished run again and write its report anew.
+
+    Raises `UserError` for a run that is not finished, or while another process writes in its folder.
+    """
     values = read_run(folder)
     config = build(values["run"], str(folder / "config.yaml"))
-    with Reporter(quiet) as reporter:
+    with claimed(folder, ""), Reporter(quiet) as reporter:
+        require_finished(folder)
+        remove_leftovers(folder)
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
         sites = open_sites(model, tokenizer, sorted(set(config.layers)))
         folders = {name: folder / name for name in variants(config)}
@@ -96,10 +106,28 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         with suppress(UserError):  # it may be what is missing
             seconds = dec.report.get("seconds", {})
     report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
+    if config.data.source == EMBEDDED:
+        report["truth"], details = _truth(
+            dec, site, sample, list(text("heldout", min(TRUTH_TOKENS, config.evaluation.tokens)))
+        )
+        write_json(target / "truth.json", details)
     examples.write(target, site.tokenizer)
     first = next(iter(text("heldout", 1))).to(device)
     write_json(target / "patterns.json", _shown_patterns(dec, site, first))
     write_json(target / "report.json", report)
+
+
+def _truth(
+    dec: Decomposition, site: AttentionSite, sample: list[AttentionInputs], batches: list[Batch]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the embedded corpus knows of its tokens, compared with what was found: summary and details."""
+    device = next(site.model.parameters()).device
+    batches = [batch.to(device) for batch in batches]
+    labels = StoryLabels(site.tokenizer, batches)
+    heldout = [(harvest_finite(site, batch), labels.of(batch)) for batch in batches]
+    summary, details = truth_scores(dec, sample, heldout, labels, sample_l0(dec, sample))
+    few = [(batch, *seen) for batch, seen in zip(batches[:HEAD_BATCHES], heldout, strict=False)]
+    return summary, {**details, "heads": head_roles(site, few)}
 
 
 def _shown_patterns(dec: Decomposition, site: AttentionSite, batch: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ What is notable:
   width. A batch is merged by one sort of [F, most + B] a side, without a loop over features; of equal activations the
   earlier one stays.
 - The first token of a sequence (BOS) counts like any other: "attend to BOS" is a feature that layers do have.
+- An example's position counts the tokens of its document before it, BOS not among them (`Batch.positions`).
 
 Shapes: B sequences, T positions, F features of a side, M examples a feature, W = 2·window + 1 tokens of a window, P
 kept pairs, N heads, R rows of a table, E examples that a batch adds.
@@ -21,12 +22,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..data.sequences import Batch, first_token
+from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
 from ..files import write_atomic
 
 TOP_HEADS = 3
-BOS_POSITION = -1  # the opening token is no token of the document
 NO_TOKEN = -1  # outside of the sequence
 
 
@@ -40,7 +40,7 @@ class _Side:
         self.sum_F = torch.zeros(width, dtype=torch.float64, device=device)
         self.max_F = torch.zeros(width, device=device)
         self.best_FM = torch.zeros(width, most, device=device)
-        self.place_FM3 = torch.zeros(width, most, 3, dtype=torch.int64, device=device)  # document, offset, position
+        self.place_FM2 = torch.zeros(width, most, 2, dtype=torch.int64, device=device)  # document, position in it
         self.tokens_FMW = torch.full((width, most, len(self.reach)), NO_TOKEN, dtype=torch.int32, device=device)
         self.acts_FMW = torch.zeros(width, most, len(self.reach), device=device)
 
@@ -64,13 +64,13 @@ class _Side:
             return
         stood = order.clamp(max=self.most - 1)[..., None]
         self.best_FM = best
-        self.place_FM3 = self.place_FM3.take_along_dim(stood, 1)
+        self.place_FM2 = self.place_FM2.take_along_dim(stood, 1)
         self.tokens_FMW = self.tokens_FMW.take_along_dim(stood, 1)
         self.acts_FMW = self.acts_FMW.take_along_dim(stood, 1)
         row_E = order[feature_E, rank_E] - self.most
         at_E = at_BF[row_E, feature_E]
         into = feature_E, rank_E
-        self.place_FM3[into] = torch.stack([batch.document_B[row_E], batch.offset_B[row_E], at_E], 1)
+        self.place_FM2[into] = torch.stack([batch.document_B[row_E], batch.positions(row_E, at_E)], 1)
         rows, span_EW = row_E[:, None], at_E[:, None] + self.reach
         inside = (span_EW >= 0) & (span_EW < acts_BTF.shape[1])
         span_EW = span_EW.clamp(0, acts_BTF.shape[1] - 1)
@@ -132,20 +132,16 @@ class Examples:
         )
 
     def example_table(self, tokenizer: Any) -> pa.Table:
-        """A row for each kept example, by side, feature and rank."""
+        """A row for each kept example, by side, feature and rank; `position` is its token's in the document."""
         used = torch.cat([s.tokens_FMW.flatten() for s in self._sides.values()]).unique().tolist()
         texts = token_texts(tokenizer, [token for token in used if token != NO_TOKEN])
-        opened = first_token(self.dec.config.data, tokenizer) is not None
-        return pa.concat_tables([self._examples(side, texts, opened) for side in SIDES])
+        return pa.concat_tables([self._examples(side, texts) for side in SIDES])
 
-    def _examples(self, side: str, texts: dict[int, str], opened: bool) -> pa.Table:
+    def _examples(self, side: str, texts: dict[int, str]) -> pa.Table:
         got = self._sides[side]
         feature_R, rank_R = (got.best_FM > 0).nonzero(as_tuple=True)
         tokens_RW = got.tokens_FMW[feature_R, rank_R].cpu()
-        document_R, offset_R, at_R = got.place_FM3[feature_R, rank_R].cpu().unbind(1)
-        position_R = offset_R + at_R
-        if opened:
-            position_R = (position_R - 1).masked_fill(at_R == 0, BOS_POSITION)
+        document_R, position_R = got.place_FM2[feature_R, rank_R].cpu().unbind(1)
         inside = tokens_RW != NO_TOKEN
         strings = pa.array([texts[token] for token in tokens_RW[inside].tolist()], pa.string())
         acts = _array(got.acts_FMW[feature_R, rank_R].cpu()[inside], pa.float32())

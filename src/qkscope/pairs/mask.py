@@ -7,7 +7,11 @@ This is the only place with dense [Fq, Fk, N] tensors; `require_memory` says bef
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +23,38 @@ from ..training.objective import PatternTarget
 from .pair_map import Pairs, rows, with_bias
 
 EPSILON = 1e-6
-COPIES = 7  # mask, gradient, two moments, and at the peak of a step a head's product, its gradient and the penalty's
+COPIES = 4  # of a mask that is trained: itself, its gradient and two moments; all masks of a run are at once
+AT_PEAK = 3  # more of the one whose step it is: a head's product, its gradient and the penalty's
+MEMINFO = Path("/proc/meminfo")
 
 
-def require_memory(n_query: int, n_key: int, n_heads: int, device: torch.device) -> None:
-    """`UserError` where the mask of these live features (bias included) can't fit."""
-    need = COPIES * 4 * n_query * n_key * n_heads
+def shortfall(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> str | None:
+    """What training these masks (query and key features, bias included, and heads) takes, where that is not free."""
+    sizes = [4 * math.prod(shape) for shape in shapes]
+    need = COPIES * sum(sizes) + AT_PEAK * max(sizes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    if need > free:
+    if need <= free:
+        return None
+    largest = " x ".join(map(str, max(shapes, key=math.prod)))
+    masks = f"a mask of {largest} takes" if len(shapes) == 1 else f"{len(shapes)} masks of at most {largest} take"
+    return f"{masks} {need / 2**30:.1f} GiB to train and {free / 2**30:.1f} GiB are free"
+
+
+def require_memory(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+    """`UserError` where the masks of these live features can't fit."""
+    if said := shortfall(shapes, device):
         raise UserError(
-            f"--pairs.method mask: a mask of {n_query} x {n_key} x {n_heads} takes {need / 2**30:.1f} GiB to train and "
-            f"{free / 2**30:.1f} GiB are free; use --pairs.method tune, which needs no dense tensor"
+            f"--pairs.method mask: {said}; use --pairs.method tune, which needs no dense tensor "
+            "(step 1 is kept: the same --out goes on from there)"
         )
 
 
 def _free_memory() -> int:
+    """Bytes that can be had; what files are cached in can be."""
+    with suppress(OSError):
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -132,7 +132,11 @@ class MapJob(Job):
 
 
 def _narrow(side: SparseTranscoder, feature_P: Tensor) -> Tensor:
-    """Drop a side's features that no pair names; the pairs' features by their new numbers."""
-    used, new_P = torch.cat([feature_P, feature_P.new_tensor([side.width])]).unique(return_inverse=True)
+    """Drop a side's features that no pair names; the pairs' features by their new numbers.
+
+    Where every pair names the bias, one feature stays: an empty dictionary has no activation to choose.
+    """
+    least = [side.width] if bool((feature_P < side.width).any()) else [0, side.width]
+    used, new_P = torch.cat([feature_P, feature_P.new_tensor(least)]).unique(return_inverse=True)
     side.keep(used[:-1])  # the last one is the bias
-    return new_P[:-1]
+    return new_P[: len(feature_P)]

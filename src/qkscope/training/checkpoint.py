@@ -7,7 +7,8 @@ seeds (in config.yaml) and the position in the text are the whole state of chanc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import read_tensors, write_tensors
+from ..errors import UserError
+from ..files import read_metadata, read_tensors, write_tensors
 from .job import Job
 
 
@@ -46,11 +48,30 @@ def save(path: Path, jobs: Sequence[Job], optimizers: Sequence[torch.optim.Optim
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Progress] | None:
-    """The last checkpoint, or None where there is none."""
+    """The last checkpoint, or None where there is none; `UserError` for what is none of this version's."""
     if not path.exists():
         return None
-    tensors, metadata = read_tensors(path)
-    return tensors, Progress(**metadata)
+    with _or_anew(path):
+        tensors, metadata = read_tensors(path)
+        return tensors, Progress(**metadata)
+
+
+def progress(path: Path) -> Progress | None:
+    """How far the last checkpoint is, without its tensors; None where there is none."""
+    if not path.exists():
+        return None
+    with _or_anew(path):
+        return Progress(**read_metadata(path))
+
+
+@contextmanager
+def _or_anew(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; remove it to begin the run anew") from None
+    except TypeError:
+        raise UserError(f"{path} is no checkpoint of this version; remove it to begin the run anew") from None
 
 
 def restore_job(job: Job, tensors: dict[str, Tensor]) -> None:

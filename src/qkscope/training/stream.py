@@ -19,13 +19,12 @@ from ..errors import UserError
 
 
 class Origin(Protocol):
-    """Where a batch's sequences come from: int64 [B] each."""
+    """Where a batch's tokens come from."""
 
     @property
     def document_B(self) -> Tensor: ...
 
-    @property
-    def offset_B(self) -> Tensor: ...
+    def positions(self, row_E: Tensor, at_E: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,17 @@ def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
 
 
 def require_finite(inputs: AttentionInputs, layer: int, origin: Origin, step: int | None = None) -> None:
-    """Raise `UserError` that says where, unless everything harvested is finite."""
+    """Raise `UserError` that says where, unless everything harvested is finite.
+
+    Document and position are those of examples.parquet: content tokens from 0, BOS not counted (-1: BOS itself).
+    """
     when = "" if step is None else f"at step {step}, "
     for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
         bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
         if bool(bad.any()):
-            b, t = bad.nonzero()[0].tolist()
+            b, t = bad.nonzero()[0]
             raise UserError(
                 f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
-                f"{int(origin.document_B[b])}, position {int(origin.offset_B[b]) + t}; try --training.dtype float32 "
+                f"{int(origin.document_B[b])}, position {int(origin.positions(b, t))}; try --training.dtype float32 "
                 "(the last checkpoint is kept)"
             )

@@ -80,7 +80,9 @@ class Origin:
     """Every planted sequence is a document of its own."""
 
     document_B: Tensor
-    offset_B: Tensor
+
+    def positions(self, row_E: Tensor, at_E: Tensor) -> Tensor:
+        return at_E
 
 
 class Planted:
@@ -282,7 +284,7 @@ class PlantedStream:
         count, length = inputs.real_BT.shape
         number = torch.arange(count) + self.at * count
         self.at += 1
-        return Harvest({LAYER: inputs}, Origin(number, torch.zeros_like(number)), count * length)
+        return Harvest({LAYER: inputs}, Origin(number), count * length)
 
     def state(self) -> dict[str, Any]:
         return {"batch": self.at}
