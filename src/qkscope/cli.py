@@ -55,13 +55,14 @@ class PlantedCommand(Config):
     """About a minute, ten minutes or an hour a seed on two cores."""
     seeds: tuple[int, ...] = (3, 4, 5)
     """Worlds and starts; 0, 1 and 2 are those that settings were chosen on."""
-    json: Path | None = None
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure here too."""
     processes: int = Field(default=2, ge=1)
     """Worlds at a time, with one thread each; figures do not depend on it."""
 
 
 BENCHMARKS = ("planted",)
+RENAMED = {"--json-file": "--json"}  # pydantic has a method of that name
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,7 +122,7 @@ def _bench(argv: list[str]) -> None:
     chosen = _parse(PlantedCommand, argv[1:], "qkscope bench planted", {})
     from .evaluate.planted.report import bench_planted
 
-    bench_planted(chosen.size, chosen.seeds, chosen.json, chosen.processes)
+    bench_planted(chosen.size, chosen.seeds, chosen.json_file, chosen.processes)
 
 
 def _config_file(argv: list[str]) -> dict[str, Any]:
@@ -138,7 +139,8 @@ def _config_file(argv: list[str]) -> dict[str, Any]:
 
 def _parse(kind: type, argv: list[str], program: str, values: dict[str, Any]) -> Any:
     """The command's options, with a person's slips said in one line."""
-    known = [f"--{key.replace('_', '-')}" for key in known_keys(kind)] + ["--help", "-h"]
+    flags = [f"--{key.replace('_', '-')}" for key in known_keys(kind)]
+    known = [*(RENAMED.get(flag, flag) for flag in flags), "--help", "-h"]
     for word in argv:
         flag = word.partition("=")[0]
         positive = flag.replace("_", "-").replace(".no-", ".")  # a switch has both forms

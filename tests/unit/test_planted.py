@@ -166,7 +166,7 @@ def test_rotary_pairs_act_at_all_distances_but_for_a_few() -> None:
 
 def test_too_many_pairs_for_the_slow_planes_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        world(replace(ROTARY, head_width=8))
+        world(replace(ROTARY, head_width=4))
 
 
 @pytest.mark.parametrize("name", list(SIZES))
