@@ -202,17 +202,15 @@ def run_world(size: Size, seed: int, rotary: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_planted(
-    size: Size, seeds: Sequence[int], processes: int, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
-    """Every world with every seed, and the table of their means and spreads; plain values, stable keys."""
+def run_planted(size: Size, seeds: Sequence[int], processes: int) -> Iterator[dict[str, Any]]:
+    """The benchmark's figures (plain values, stable keys) after each world; the last are those of all of them."""
     tasks = [(seed, rotary) for seed in seeds for rotary in WORLDS.values()]
     worlds = []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in [pool.submit(run_world, size, *task) for task in tasks]:
             worlds.append(future.result())
-            say(f"planted: {len(worlds)} of {len(tasks)} worlds done")
-    return {"seeds": list(seeds), "multiples": list(MULTIPLES), "table": table(worlds), "worlds": worlds}
+            common = {"seeds": list(seeds), "multiples": list(MULTIPLES), "worlds_left": len(tasks) - len(worlds)}
+            yield {**common, "table": table(worlds), "worlds": worlds}
 
 
 def table(worlds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

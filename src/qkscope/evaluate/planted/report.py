@@ -23,10 +23,12 @@ def bench_planted(size: str, seeds: Sequence[int], path: Path | None, processes:
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: give different numbers from 0 on, e.g. --seeds 3 4 5")
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--json {path}: {'is a folder' if path.is_dir() else f'{path.parent} does not exist'}")
-    found = run_planted(SIZES[size], seeds, processes, say=lambda line: print(line, file=sys.stderr))
-    found = {"benchmark": "planted", "size": size, **found}
-    if path is not None:
-        write_json(path, found)
+    found: dict[str, Any] = {}
+    for found in run_planted(SIZES[size], seeds, processes):
+        found.update(benchmark="planted", size=size)
+        if path is not None:  # after every world: an hour's figures are not lost with its last minute
+            write_json(path, found)
+        print(f"planted: {len(found['worlds'])} worlds done, {found['worlds_left']} left", file=sys.stderr)
     print("\n".join(lines(found)))
     return found
 

@@ -40,17 +40,17 @@ class Size:
 SIZES = {
     "small": Size(
         WorldConfig(width=32, features=56, heads=2, head_width=12, pairs=8, pool=16, context=32),
-        rotary_head_width=24, width=64, k=0.4, seed_sparsity=0.03, mask_sparsity=1e-5,
-        tokens=200_000, pair_tokens=100_000, heldout_tokens=16_384,
+        rotary_head_width=24, width=64, k=0.5, seed_sparsity=0.03, mask_sparsity=1e-3,
+        tokens=400_000, pair_tokens=100_000, heldout_tokens=16_384,
     ),
     "medium": Size(
         WorldConfig(width=64, features=128, heads=4, head_width=16, pairs=12, pool=40, context=64),
-        rotary_head_width=32, width=128, k=0.5, seed_sparsity=0.03, mask_sparsity=1e-5,
+        rotary_head_width=32, width=128, k=0.5, seed_sparsity=0.03, mask_sparsity=1e-3,
         tokens=600_000, pair_tokens=200_000, heldout_tokens=32_768,
     ),
     "large": Size(
         WorldConfig(width=128, features=320, heads=8, head_width=24, pairs=20, pool=100, context=128),
-        rotary_head_width=64, width=320, k=0.8, seed_sparsity=0.03, mask_sparsity=1e-5,
+        rotary_head_width=64, width=320, k=0.8, seed_sparsity=0.03, mask_sparsity=1e-3,
         tokens=2_000_000, pair_tokens=600_000, heldout_tokens=65_536,
     ),
 }  # fmt: skip

@@ -43,6 +43,9 @@ CHILDREN = 0.15  # share of features that fire only with a parent
 SIBLINGS = 0.3  # share of features that share a cause, in groups of three
 CAUSE = 0.6  # correlation of the Gaussians behind such a group
 BOS_SIZE = 4.0
+# BOS is seen by every query at a size of its own: what leaked from it would be a strong pair with every query feature
+# that nobody planted. Readouts of other features are as good as blind to it.
+BOS_WEIGHT = 1000.0
 SPREADING = 100  # steps in which directions move apart, as those of trained models do; overlaps fall by a quarter
 STRENGTH = (4.0, 7.0)  # logits of a pair whose two features fire at their mean magnitude
 SINK_STRENGTH = 3.0
@@ -239,6 +242,7 @@ class Planted:
         spread = (EVENT[1] - EVENT[0]) ** 2 / 12
         second = share * self.frequency_F * self.scale_F.square() * (1 + spread)
         second[self.bos] = BOS_SIZE**2 / c.context
+        second[self.bos] *= BOS_WEIGHT
         d = self.directions_FD.double()
         gram = (d.T * second) @ d
         gram += (LEAST * gram.diagonal().mean() + c.noise**2) * torch.eye(c.width, dtype=gram.dtype)
