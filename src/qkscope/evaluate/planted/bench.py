@@ -81,9 +81,13 @@ class PlantedBench(Workbench):
             out[score] = (out[f"{score}_query"] + out[f"{score}_key"]) / 2
         if worth_P is not None:
             identities = (overlaps[name].identities() for name in sides)
-            out |= pair_scores(self.world, predictions(dec.pairs, worth_P, *identities))
+            out |= pair_scores(self.world, predictions(dec.pairs, worth_P, self._signs(dec), *identities))
             out["pairs"] = len(dec.pairs)
         return out
+
+    def _signs(self, dec: Decomposition) -> Tensor:
+        """Strengths whose sign is that of the scores' (with a rotary embedding a strength is a factor)."""
+        return dec.strength_P * dec.weight_strength_P if self.shape.rotary else dec.strength_P
 
     def kl(self, log_pattern: Callable[[AttentionInputs], Tensor]) -> float:
         """Mean pattern KL on held-out tokens, nats."""
@@ -175,7 +179,7 @@ def _pruned(
         if (name, method, multiple) == ("default", "prune and tune", JUDGED):
             dec = bench.decomposition(made)
             pairs, strength = shuffled_pairs(dec)
-            dec = replace(dec, pairs=pairs, strength_P=strength)
+            dec = replace(dec, pairs=pairs, strength_P=strength, weight_strength_P=torch.ones_like(strength))
             yield {**row, "method": "shuffled", **bench.judge(dec, strength.square())}
 
 

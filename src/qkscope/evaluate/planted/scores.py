@@ -10,10 +10,12 @@ All is measured on held-out tokens.
   rows with what a unit of the true feature adds to the layer's queries or keys, interference included.
 - *Identity*: a learned feature is the true feature (of all, irrelevant ones among them) that it has the largest cosine
   with, if that is at least `SAME`; otherwise it is no feature. A learned bias is the bias.
-- *Pairs*: learned pairs that name the same (query, key, head) of the truth are one prediction, worth their importance
-  together; every pair with a feature that is none is a prediction of its own, and wrong. Of the predictions the n worth
-  most are taken, n the number of true pairs: precision is the share of them that is true, recall the share of the true
-  pairs among them. Splitting a feature thus costs nothing by itself and gains nothing.
+- *Pairs*: learned pairs that name the same (query, key, head) of the truth are one prediction; every pair with a
+  feature that is none is a prediction of its own, and wrong. Importance is a variance of scores, and copies of a feature fire
+  together, so a prediction is worth (Σ ±√importance)², the sign that of the pair's strength: copies that cancel each
+  other say nothing. Of the predictions the n worth most are taken, n the number of true pairs: precision is the share
+  of them that is true, recall the share of the true pairs among them. Splitting a feature thus costs nothing by itself
+  and gains nothing.
 """
 
 from __future__ import annotations
@@ -95,16 +97,20 @@ def true_triples(world: Planted) -> set[Triple]:
     return {(a, b, h) for a, b, h in zip(p.query_P.tolist(), p.key_P.tolist(), p.head_P.tolist(), strict=True)}
 
 
-def predictions(pairs: Pairs, worth_P: Tensor, query_id: Tensor, key_id: Tensor) -> list[Triple]:
-    """What the pairs say, worth most first: triples of true features and a head, -1 in place of what is no feature."""
+def predictions(pairs: Pairs, worth_P: Tensor, strength_P: Tensor, query_id: Tensor, key_id: Tensor) -> list[Triple]:
+    """What the pairs say, worth most first: triples of true features and a head, -1 in place of what is no feature.
+
+    `worth_P`: their importance in nats; of `strength_P` the sign counts.
+    """
     worth: dict[tuple[Triple, int], float] = defaultdict(float)
     named = zip(
-        query_id[pairs.query_P].tolist(), key_id[pairs.key_P].tolist(), pairs.head_P.tolist(), worth_P.tolist(),
+        query_id[pairs.query_P].tolist(), key_id[pairs.key_P].tolist(), pairs.head_P.tolist(),
+        (worth_P.sqrt() * strength_P.sign()).tolist(),
         strict=True,
     )  # fmt: skip
     for number, (a, b, head, value) in enumerate(named):
         worth[(a, b, head), -1 if a >= 0 and b >= 0 else number] += value
-    return [triple for triple, _ in sorted(worth, key=lambda name: -worth[name])]
+    return [triple for triple, _ in sorted(worth, key=lambda name: -abs(worth[name]))]
 
 
 def pair_scores(world: Planted, found: list[Triple]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ What is notable:
 - Every pair has its own unit direction u of head space, orthogonal to the head's others. With a rotary embedding these
   lie in slow planes and act at all distances, but for `LOCAL` pairs a head, alone in a plane that turns by about a
   radian and a half within the context.
-- Position 0 holds a BOS feature and nothing else. Some heads have a sink: a query bias that meets the BOS key.
+- Position 0 has a BOS feature beside what it has like any other. Some heads have a sink: a query bias that meets the
+  BOS key. (With BOS alone at position 0, that key alone would be free of interference, and every query feature would
+  need a pair with BOS that says so.)
 
 Shapes: F features, the BOS feature last; index F stands for a side's bias, as in pair_map.py. P pairs, others as in
 attention.py.
@@ -171,7 +173,6 @@ class Planted:
         fires &= ~child | fires[..., self.parent_F.clamp(min=0)]
         size = EVENT[0] + (EVENT[1] - EVENT[0]) * torch.rand(shape, generator=generator)
         acts = torch.cat([fires * size * self.scale_F[:-1], torch.zeros(count, c.context, 1)], -1)
-        acts[:, 0] = 0
         acts[:, 0, self.bos] = BOS_SIZE
         return acts
 
@@ -236,11 +237,10 @@ class Planted:
     def _readouts(self) -> tuple[Tensor, Tensor]:
         """Duals r_f [F, D] and constants c_f [F]: r_f·x + c_f is a_f and interference of mean zero."""
         c = self.config
-        share = 1 - 1 / c.context
-        mean = share * self.frequency_F * self.scale_F
+        mean = self.frequency_F * self.scale_F
         mean[self.bos] = BOS_SIZE / c.context
         spread = (EVENT[1] - EVENT[0]) ** 2 / 12
-        second = share * self.frequency_F * self.scale_F.square() * (1 + spread)
+        second = self.frequency_F * self.scale_F.square() * (1 + spread)
         second[self.bos] = BOS_SIZE**2 / c.context
         second[self.bos] *= BOS_WEIGHT
         d = self.directions_FD.double()
