@@ -1,4 +1,4 @@
-"""What sizes.py says of k and of the penalties, chosen on seeds that are not reported and without the truth.
+"""Candidates for k and the penalties of sizes.py, on seeds that are not reported and without the truth.
 
     python benchmarks/planted_settings.py small
 
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import log
 from statistics import fmean
 
 from qkscope.config import DictionaryConfig
@@ -41,8 +42,6 @@ def main() -> None:
         job = bench.step1("settings", config)
         bench.fit([job], size.tokens)
         return job, bench.judge(bench.decomposition(job))
-
-    from math import log
 
     curve = []
     for k in KS:

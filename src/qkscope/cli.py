@@ -52,9 +52,9 @@ class PlantedCommand(Config):
     """Every method on planted layers, whose query features, key features and pairs are known, in one table."""
 
     size: Literal["small", "medium", "large"] = "small"
-    """About a minute, ten minutes or an hour a seed on two cores."""
+    """How large the worlds are, and how long the training."""
     seeds: tuple[int, ...] = (3, 4, 5)
-    """Worlds and starts; 0, 1 and 2 are those that settings were chosen on."""
+    """Worlds and starts; settings were chosen on 0, 1 and 2."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure here too."""
     processes: int = Field(default=2, ge=1)

@@ -31,7 +31,7 @@ ROTARY = replace(EXACT, rotary=True, head_width=24)
 TINY = Size(
     WorldConfig(width=16, features=20, heads=2, head_width=8, pairs=3, pool=6, context=16),
     rotary_head_width=24, width=24, k=0.5, seed_sparsity=0.03, mask_sparsity=1e-5,
-    tokens=2048, pair_tokens=1024, heldout_tokens=1024, batch_tokens=512,
+    tokens=2048, pair_tokens=1024, heldout_tokens=1024, batch_tokens=512, sample_tokens=512,
 )  # fmt: skip
 
 

@@ -33,7 +33,6 @@ from .scores import Overlap, match_activations, match_rows, pair_scores, predict
 from .sizes import Size
 from .world import EVENT, LAYER, Planted, PlantedStream
 
-SAMPLE_TOKENS = 8192  # training tokens that starts are fitted to and importance is averaged over
 MULTIPLES = (1, 2, 4, 8)  # pairs kept, as multiples of the number of true pairs
 JUDGED = 2  # the multiple whose map the pair scores are of
 WORLDS = {"plain": False, "rotary": True}
@@ -44,7 +43,7 @@ class PlantedBench(Workbench):
 
     def __init__(self, size: Size, world: Planted) -> None:
         self.size, self.world = size, world
-        batches = range(math.ceil(SAMPLE_TOKENS / size.batch_tokens))
+        batches = range(math.ceil(size.sample_tokens / size.batch_tokens))
         sample = [world.batch("train", index, size.batch_tokens)[1] for index in batches]
         super().__init__(
             LAYER,
