@@ -11,11 +11,11 @@ All is measured on held-out tokens.
 - *Identity*: a learned feature is the true feature (of all, irrelevant ones among them) that it has the largest cosine
   with, if that is at least `SAME`; otherwise it is no feature. A learned bias is the bias.
 - *Pairs*: learned pairs that name the same (query, key, head) of the truth are one prediction; every pair with a
-  feature that is none is a prediction of its own, and wrong. Importance is a variance of scores, and copies of a feature
-  fire together, so a prediction is worth (Σ ±√importance)², the sign that of the pair's strength: copies that cancel each
-  other say nothing. Of the predictions the n worth most are taken, n the number of true pairs: precision is the share
-  of them that is true, recall the share of the true pairs among them. Splitting a feature thus costs nothing by itself
-  and gains nothing.
+  feature that is none is a prediction of its own, and wrong. Importance is a variance of scores, and copies of a
+  feature fire together, so a prediction is worth (Σ ±√importance)², the sign that of the pair's strength: copies that
+  cancel each other say nothing. Of the predictions the n worth most are taken, n the number of true pairs: precision is
+  the share of them that is true, recall the share of the true pairs among them. Splitting a feature thus costs nothing
+  by itself and gains nothing.
 """
 
 from __future__ import annotations
