@@ -15,34 +15,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qkscope.attention import AttentionInputs, AttentionSite, harvest
-from qkscope.config import DataConfig, DictionaryConfig, RunConfig, TrainingConfig
+from qkscope.config import DataConfig, DictionaryConfig, TrainingConfig
 from qkscope.data import Sequences
-from qkscope.decomposition import Decomposition, SiteShape
+from qkscope.decomposition import SiteShape
 from qkscope.evaluate.patched import PatchedScore
 from qkscope.evaluate.patterns import PatternScore, uniform_log_pattern
 from qkscope.evaluate.report import Activity
+from qkscope.evaluate.workbench import Workbench
 from qkscope.models import load_model
-from qkscope.pairs.importance import firing_features, pair_importance, rank_pairs
-from qkscope.pairs.mask import MaskJob
-from qkscope.pairs.pair_map import Pairs, rows, weight_strength
-from qkscope.pairs.selection import top
 from qkscope.pairs.tune import MapJob
-from qkscope.training.loop import Logs, train
-from qkscope.training.recipes import resolved
-from qkscope.training.start import side_statistics, start
 from qkscope.training.step1 import Step1Job
+from qkscope.training.stream import ModelStream
 
 
-class Bench:
+class Bench(Workbench):
     """One layer of one model, its text, and what is trained on it."""
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
@@ -50,76 +42,19 @@ class Bench:
         self.model, self.tokenizer = load_model(args.model)
         self.site = AttentionSite(self.model, self.tokenizer, layer=args.layer)
         self.data = DataConfig(source=args.source, context=args.context)
-        self.config = TrainingConfig(tokens=args.tokens, seed=seed, checkpoint_steps=10**9)
-        self.shape = SiteShape(**self.site.shape, rotary=self.site.layout is not None)
-        self.sample = [
-            harvest([self.site], b.tokens_BT, b.real_BT)[0] for b in self.text("train", repeat=True, most=8192)
-        ]
-        self.statistics = side_statistics(self.sample)
+        sample = [harvest([self.site], b.tokens_BT, b.real_BT)[0] for b in self.text("train", repeat=True, most=8192)]
+        super().__init__(
+            args.layer,
+            SiteShape(**self.site.shape, rotary=self.site.layout is not None),
+            sample,
+            lambda: ModelStream([self.site], self.text("train", repeat=True)),
+            TrainingConfig(tokens=args.tokens, seed=seed, checkpoint_steps=10**9),
+        )
         self.heldout = list(self.text("heldout", repeat=False, most=args.heldout))
-        self.folder = Path(tempfile.mkdtemp())
 
     def text(self, split: Any, *, repeat: bool, most: int | None = None) -> Sequences:
         return Sequences(
             self.data, self.tokenizer, split, batch_tokens=2048, seed=self.seed, repeat=repeat, max_tokens=most
-        )
-
-    def fit(self, jobs: list[Any], tokens: int) -> float:
-        """Train jobs side by side; processor seconds."""
-        began = time.process_time()
-        logs = Logs({f"{j.variant}|{j.layer}": self.folder / f"{j.variant}.jsonl" for j in jobs}, lambda line: None)
-        train(
-            "bench", jobs, [self.site], self.text("train", repeat=True), tokens, self.config,
-            saved=None, checkpoint_path=self.folder / "checkpoint.safetensors", logs=logs,
-        )  # fmt: skip
-        x = torch.cat([i.x_BTD[i.real_BT].float() for i in self.sample])
-        for job in jobs:
-            if not isinstance(job, MaskJob) and getattr(job, "dictionary_rate", 1) > 0:
-                job.query.calibrate(x)
-                job.key.calibrate(x)
-            job.eval()
-        return time.process_time() - began
-
-    def step1(self, name: str, config: DictionaryConfig) -> Step1Job:
-        config = resolved(config)
-        sides = [start(config, s, self.statistics[s], name, self.seed) for s in ("query", "key")]
-        return Step1Job(self.args.layer, name, config, *sides)
-
-    def map_job(self, name: str, job: Any, pairs: Pairs, tuned: bool) -> MapJob:
-        """A sparse map on its own copy of a job's dictionaries."""
-        query, key = (copy_of(t, self.statistics[s].metric_NHH) for s, t in (("query", job.query), ("key", job.key)))
-        rate = 1e-3 if tuned else 0.0
-        return MapJob(
-            self.args.layer,
-            name,
-            query,
-            key,
-            pairs,
-            dictionary_rate=rate,
-            strength_rate=1e-2,
-            sparsity=job.config.sparsity,
-        )
-
-    @torch.no_grad()
-    def decomposition(self, job: Any) -> Decomposition:
-        """A job as a decomposition; a step 1 job has no pairs."""
-        if isinstance(job, MapJob):
-            pairs, strength = job.pairs, job.strengths(self.sample[0].rule)
-            weight = weight_strength(pairs, rows(job.query, self.shape.N), rows(job.key, self.shape.G))
-        else:
-            none = torch.zeros(0, dtype=torch.int64)
-            pairs = Pairs.of(none, none, none, job.query.width, job.key.width, self.shape.N)
-            strength = weight = torch.zeros(0)
-        return Decomposition(
-            self.args.layer,
-            self.shape,
-            job.query.eval(),
-            job.key.eval(),
-            pairs,
-            strength,
-            weight,
-            strength,
-            RunConfig(),
         )
 
     def inputs(self) -> list[AttentionInputs]:
@@ -168,14 +103,6 @@ class Results:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
-def copy_of(transcoder: Any, metric: torch.Tensor) -> Any:
-    """An independent copy of a dictionary, its metric included."""
-    other = type(transcoder)(*transcoder.W_enc.shape, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)
-    other.set_metric(None if transcoder.metric is None else metric)
-    other.load_state_dict(transcoder.state_dict())
-    return other
-
-
 def step1_table(bench: Bench, out: Results) -> dict[str, Step1Job]:
     """Train `seed` at each sparsity, `default` at the L0 each reaches; print and collect."""
     args = bench.args
@@ -207,59 +134,11 @@ def step1_table(bench: Bench, out: Results) -> dict[str, Step1Job]:
 
 def pair_table(bench: Bench, name: str, job: Step1Job, out: Results) -> None:
     """Every way to prune one pair of dictionaries; print and collect."""
-    counts, tokens = sorted(bench.args.counts, reverse=True), bench.args.pair_tokens
-    began = time.process_time()
-    ranked, importance = rank_pairs(bench.sample, job.query.eval(), job.key.eval(), max(counts[0] * 4, 50_000))
-    ranking = time.process_time() - began
-    whole = bench.judge(job)
-
-    def note(method: str, made: MapJob, seconds: float) -> None:
+    args, whole = bench.args, bench.judge(job)
+    masks = args.mask_sparsity if bench.seed in args.mask_seeds else ()
+    for method, _, made, seconds in bench.prune(job, args.counts, args.pair_tokens, mask_sparsity=masks):
         row = {"dictionaries": name, "seed": bench.seed, "method": method, "seconds": seconds, **bench.judge(made)}
-        row["all_pairs_kl"] = whole["pattern_kl"]
-        out.add("pairs", row)
-
-    refits = []
-    for count in counts:
-        kept = ranked.take(top(importance, count))
-        note("importance", bench.map_job("importance", job, kept, tuned=False), ranking)
-        refits.append(bench.map_job(f"refit{count}", job, kept, tuned=False))
-    took = bench.fit(refits, tokens)
-    for made in refits:
-        note("importance + refit", made, ranking + took / len(refits))
-    tuned = bench.map_job("tune", job, ranked, tuned=True)
-    spent = ranking
-    for number, count in enumerate([counts[0] * 2, *counts]):
-        worth = pair_importance(tuned.pairs, bench.sample, tuned.query, tuned.key)
-        tuned.keep(top(worth * tuned.factor_P.detach().square(), count))
-        tuned.train()
-        spent += bench.fit([tuned], tokens // (len(counts) + 1))
-        if number:
-            note("prune and tune", tuned, spent)
-    if bench.seed in bench.args.mask_seeds:
-        mask_rows(bench, job, note)
-
-
-def mask_rows(bench: Bench, job: Step1Job, note: Callable[[str, MapJob, float], None]) -> None:
-    """The published step 2, and a refit of what it leaves."""
-    args, metric = bench.args, {s: v.metric_NHH for s, v in bench.statistics.items()}
-    live = firing_features(bench.sample, job.query, job.key)
-    for sparsity in args.mask_sparsity:
-        query, key = copy_of(job.query, metric["query"]), copy_of(job.key, metric["key"])
-        mask = MaskJob(args.layer, "mask", query, key, live, bench.shape.N, sparsity=sparsity, rate=1e-2)
-        took = bench.fit([mask], args.pair_tokens)
-        pairs, values = mask.kept()
-        worth = pair_importance(pairs, bench.sample, query, key) * values.square()
-        refits = []
-        for count in sorted(args.counts, reverse=True):
-            index = top(worth, count)
-            made = bench.map_job(f"mask{count}", job, pairs.take(index), tuned=False)
-            with torch.no_grad():
-                made.factor_P.copy_(values[index])
-            note(f"mask λ={sparsity:g} (left {len(pairs):,})", made, took)
-            refits.append(made)
-        spent = took + bench.fit(refits, args.pair_tokens) / len(refits)
-        for made in refits:
-            note(f"mask λ={sparsity:g} + refit", made, spent)
+        out.add("pairs", row | {"all_pairs_kl": whole["pattern_kl"]})
 
 
 def show(row: dict[str, Any]) -> None:

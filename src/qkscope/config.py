@@ -66,6 +66,8 @@ class DictionaryConfig(Config):
     """What batchtopk and jumprelu weigh an activation by: its effect on scores, or its decoder row's norm."""
     aux: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss that revives dead features; 0: none."""
+    anneal: float | None = Field(default=None, ge=1)
+    """batchtopk and topk: training begins with this many times k active features and reaches k half way; 1: with k."""
     dead_after: int = Field(default=50_000, ge=1)
     """Tokens without firing after which a feature counts as dead for the auxiliary loss."""
     learning_rate: float | None = Field(default=None, gt=0)

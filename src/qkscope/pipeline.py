@@ -34,9 +34,10 @@ from .progress import Reporter
 from .run_folder import claimed, layer_folder, recorded, require_same, variants, write_config
 from .training import checkpoint
 from .training.job import Job
-from .training.loop import Logs, harvest_finite, train
+from .training.loop import Logs, train
 from .training.start import label_seed, side_statistics, start
 from .training.step1 import Step1Job
+from .training.stream import ModelStream, harvest_finite
 
 TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 START_TOKENS = 8192  # training tokens that a start is fitted to
@@ -221,8 +222,7 @@ class _Runner:
         at = train(
             phase,
             jobs,
-            self.sites,
-            self.text("train", repeat=True, order=phase),
+            ModelStream(self.sites, self.text("train", repeat=True, order=phase)),
             tokens,
             self.config.training,
             saved=saved,

@@ -24,8 +24,9 @@ from qkscope.dictionary import SparseTranscoder
 from qkscope.errors import UserError
 from qkscope.training import checkpoint
 from qkscope.training.job import Job
-from qkscope.training.loop import FLOOR, Logs, rate_at, require_finite, train
+from qkscope.training.loop import FLOOR, Logs, rate_at, train
 from qkscope.training.objective import PatternTarget
+from qkscope.training.stream import ModelStream, require_finite
 
 # Rates -----------------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ def fit(folder: Path, jobs: list[Any], tokens: int = 900, saved: Any = None, **o
     config = TrainingConfig(**{"checkpoint_steps": 4, "log_steps": 3, "warmup": 0.1, "decay": 0.5, **options})
     names = {j.name: folder / f"{j.layer}.jsonl" for j in jobs}
     at = train(
-        "step1", jobs, sites(), stream(source(folder), repeat=True), tokens, config,
+        "step1", jobs, ModelStream(sites(), stream(source(folder), repeat=True)), tokens, config,
         saved=saved, checkpoint_path=folder / "c.safetensors", logs=Logs(names, said.append),
     )  # fmt: skip
     return at, said
@@ -193,7 +194,7 @@ def test_activations_that_are_not_finite_name_layer_step_document_and_position(t
     config = TrainingConfig(checkpoint_steps=1)
     with pytest.raises(UserError) as error:
         train(
-            "step1", [job], opened, stream(source(tmp_path, texts), repeat=True), 2000, config,
+            "step1", [job], ModelStream(opened, stream(source(tmp_path, texts), repeat=True)), 2000, config,
             saved=None, checkpoint_path=path, logs=Logs({"run|0": tmp_path / "0.jsonl"}, lambda line: None),
         )  # fmt: skip
     said = str(error.value)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from qkscope.config import DictionaryConfig
+from qkscope.dictionary import SparseTranscoder
 from qkscope.training.recipes import ACTIVATION_SPARSITY, RECIPES, resolved
+from qkscope.training.step1 import Step1Job
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -46,3 +48,17 @@ def test_an_activation_against_the_recipe_brings_its_own_sparsity(recipe: Any, a
     assert found.sparsity == ACTIVATION_SPARSITY.get(activation, 0.0)
     assert bool(found.sparsity) is (activation in ("relu", "jumprelu"))  # the others have their L0 set exactly
     assert resolved(DictionaryConfig(recipe=recipe, activation=activation, sparsity=0.5)).sparsity == 0.5
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu", "relu"])
+def test_annealing_ends_half_way_at_k(activation: Any) -> None:
+    config = resolved(DictionaryConfig(width=40, k=2, k_key=10, activation=activation, anneal=8.0))
+    sides = [SparseTranscoder(4, 40, 4, activation, k) for k in (2, 10)]
+    job = Step1Job(0, "", config, *sides)
+    found = []
+    for done in (0.0, 0.25, 0.5, 1.0):
+        job.before_step(done)
+        found.append((job.query.k, job.key.k))
+    falls = [(16, 20), (32**0.5, 200**0.5), (2, 10), (2, 10)]  # never more than half of the width
+    wanted = falls if activation in ("batchtopk", "topk") else [(2, 10)] * 4
+    assert found == [pytest.approx(pair) for pair in wanted]

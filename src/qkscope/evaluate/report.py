@@ -15,7 +15,7 @@ from ..decomposition import SIDES, Decomposition
 from ..explain.examples import Examples
 from ..kernels.row_kl import exp
 from ..pairs.pair_map import Pairs, pair_scores, rows, with_bias
-from ..training.loop import harvest_finite
+from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
 from .patched import PatchedScore, zero_pattern

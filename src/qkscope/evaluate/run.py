@@ -23,7 +23,7 @@ from ..kernels.row_kl import exp
 from ..models import load_model
 from ..progress import Reporter
 from ..run_folder import claimed, layer_folder, require_finished, variants
-from ..training.loop import harvest_finite
+from ..training.stream import harvest_finite
 from .heads import head_roles
 from .labels import StoryLabels
 from .page import write_page

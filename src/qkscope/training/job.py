@@ -36,5 +36,8 @@ class Job(nn.Module):
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on one batch, and what to log of it."""
 
+    def before_step(self, done: float) -> None:
+        """What precedes a step, after this share of the training; all that it sets follows from `done`."""
+
     def after_step(self) -> None:
         """What follows the optimiser's step."""

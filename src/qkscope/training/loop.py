@@ -1,4 +1,4 @@
-"""The training loop: one stream of text, one forward pass of the model, any number of jobs.
+"""The training loop: one stream of what attention layers saw, any number of jobs.
 
 Both steps train in it. A job belongs to a layer and has a loss on that layer's pattern; jobs do not know of each other,
 so a sweep over recipes, widths and L0s, and all layers, cost one harvest. What is notable: the loop draws no random
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs, AttentionSite, harvest
 from ..config import TrainingConfig
-from ..data.sequences import Batch, Sequences
 from ..errors import UserError
 from ..files import disk_errors
 from . import checkpoint
 from .checkpoint import Progress
 from .job import Job
 from .objective import PatternTarget
+from .stream import Stream, require_finite
 
 FLOOR = 0.01  # the learning rate ends at this share of its peak
 
@@ -64,8 +63,7 @@ class Logs:
 def train(
     phase: str,
     jobs: Sequence[Job],
-    sites: Sequence[AttentionSite],
-    text: Sequences,
+    stream: Stream,
     tokens: int,
     config: TrainingConfig,
     *,
@@ -85,7 +83,7 @@ def train(
         tensors, at = saved
         for job in jobs:
             checkpoint.restore_job(job, tensors)
-        text.restore(at.text)
+        stream.restore(at.text)
     else:
         at.logs = logs.lengths()
     optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
@@ -98,18 +96,18 @@ def train(
     counted, since, clock = 0, at.tokens, time.monotonic()
 
     def keep() -> None:
-        at.text, at.logs = text.state(), logs.lengths()
+        at.text, at.logs = stream.state(), logs.lengths()
         checkpoint.save(checkpoint_path, jobs, optimizers, at)
 
     while at.tokens < tokens:
-        batch = next(text).to(device)
-        inputs = dict(zip([s.layer for s in sites], harvest(sites, batch.tokens_BT, batch.real_BT), strict=True))
+        batch = next(stream)
         factor = rate_at(at.tokens / tokens, config)
-        for layer, seen in inputs.items():
-            require_finite(seen, layer, batch, at.step)
+        for layer, seen in batch.layers.items():
+            require_finite(seen, layer, batch.origin, at.step)
             target = PatternTarget(seen)
             for job, optimizer in zip(jobs, optimizers, strict=True):
                 if job.layer == layer:
+                    job.before_step(at.tokens / tokens)
                     log = _update(job, optimizer, target, factor, autocast, at.step)
                     totals = sums.setdefault(job.name, {})
                     for key, value in log.items():
@@ -128,6 +126,8 @@ def train(
             sums, counted, since, clock = {}, 0, at.tokens, time.monotonic()
         if at.step % config.checkpoint_steps == 0 and not ended:
             keep()
+    for job in jobs:
+        job.before_step(1.0)
     at.done = True
     keep()
     return at
@@ -154,28 +154,3 @@ def _update(
     optimizer.step()
     job.after_step()
     return {"loss": loss.detach(), **log}
-
-
-def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
-    """What one layer saw on a batch, outside of training; `UserError` where that is not finite."""
-    inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
-    require_finite(inputs, site.layer, batch)
-    return inputs
-
-
-def require_finite(inputs: AttentionInputs, layer: int, batch: Batch, step: int | None = None) -> None:
-    """Raise `UserError` that says where, unless everything harvested is finite.
-
-    Document and position are those of examples.parquet: content tokens from 0, BOS not counted (-1: BOS itself).
-    """
-    when = "" if step is None else f"at step {step}, "
-    for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
-        bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
-        if bool(bad.any()):
-            b, t = bad.nonzero()[0]
-            position = int(batch.positions(b, t))
-            raise UserError(
-                f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
-                f"{int(batch.document_B[b])}, position {position}; try --training.dtype float32 "
-                "(the last checkpoint is kept)"
-            )

@@ -17,6 +17,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "start": "kaiming",
         "norm": "decoder",
         "aux": 0.0,
+        "anneal": 1.0,
         "learning_rate": 1e-2,
     },
     "default": {
@@ -25,6 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "start": "projection",
         "norm": "score",
         "aux": 1 / 32,
+        "anneal": 8.0,
         "learning_rate": 8e-3,
     },
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,10 @@ from ..dictionary import SparseTranscoder
 from .job import Job
 from .objective import PatternTarget, revival_loss, sparsity_loss
 
-AUX_FEATURES = 64  # dead features that share in the auxiliary reconstruction of a token, at the most
+# Dead features that share in the auxiliary reconstruction of a token, a unit of k. Where many share, none of them
+# learns to stand for one thing: on planted layers (k 0.5) 64 a token left a quarter of the true features unfound.
+AUX_FEATURES = 4
+ANNEALED = 0.5  # share of the training after which no more features are active than asked for
 
 
 class Step1Job(Job):
@@ -33,6 +38,15 @@ class Step1Job(Job):
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [{"params": parameters, "lr": self.config.learning_rate, "peak": self.config.learning_rate}]
 
+    def before_step(self, done: float) -> None:
+        """Let more features be active at first, `anneal` times k, and fall to k in equal ratios."""
+        for side, k in (("query", self.config.k), ("key", self.config.key_k)):
+            transcoder = self.side(side)
+            if transcoder.activation not in ("batchtopk", "topk"):
+                continue
+            first = max(min((self.config.anneal or 1.0) * k, transcoder.width / 2), k)
+            transcoder.k = k * (first / k) ** max(1 - done / ANNEALED, 0.0)
+
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on one batch, and what to log of it."""
         extra = target.x_nD.new_zeros(())
@@ -49,7 +63,9 @@ class Step1Job(Job):
             if self.config.aux and bool(dead.any()):
                 aux = transcoder.W_dec[dead]
                 extra = extra + self.config.aux * revival_loss(
-                    true - out[side].float(), _largest(pre[:, dead], aux) @ aux, transcoder.metric
+                    true - out[side].float(),
+                    _largest(pre[:, dead], aux, self._aux_count(side)) @ aux,
+                    transcoder.metric,
                 )
             log[f"l0_{side}"] = (acts.detach() > 0).sum(-1).float().mean()
             log[f"dead_{side}"] = dead.float().mean()
@@ -57,6 +73,9 @@ class Step1Job(Job):
         loss = 3 * both + query_only + key_only + extra
         log["pattern_kl"] = both.detach()
         return loss, log
+
+    def _aux_count(self, side: str) -> int:
+        return math.ceil(AUX_FEATURES * (self.config.k if side == "query" else self.config.key_k))
 
     @torch.no_grad()
     def _note(self, side: str, acts_nF: Tensor) -> Tensor:
@@ -67,10 +86,10 @@ class Step1Job(Job):
         return idle > self.config.dead_after
 
 
-def _largest(pre_nd: Tensor, rows_dM: Tensor) -> Tensor:
-    """Dead features' activations, all but the largest few a token set to zero."""
+def _largest(pre_nd: Tensor, rows_dM: Tensor, count: int) -> Tensor:
+    """Dead features' activations, all but the `count` largest of a token set to zero."""
     acts = pre_nd.relu()
-    if acts.shape[1] <= AUX_FEATURES:
+    if acts.shape[1] <= count:
         return acts
-    chosen = (acts * rows_dM.detach().norm(dim=1)).topk(AUX_FEATURES, dim=-1).indices
+    chosen = (acts * rows_dM.detach().norm(dim=1)).topk(count, dim=-1).indices
     return acts * torch.zeros_like(acts).scatter_(-1, chosen, 1.0)

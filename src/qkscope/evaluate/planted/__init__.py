@@ -1,0 +1,1 @@
+"""The planted benchmark: attention layers whose query features, key features and pairs are known."""

@@ -1,0 +1,90 @@
+"""What training reads: batch after batch of what attention layers were handed, from a place that can be saved.
+
+The loop knows no model and no text. `ModelStream` runs a frozen model on a stream of sequences; the planted benchmark
+draws its batches from a world whose truth is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionInputs, AttentionSite, harvest
+from ..data.sequences import Batch, Sequences
+from ..errors import UserError
+
+
+class Origin(Protocol):
+    """Where a batch's tokens come from."""
+
+    @property
+    def document_B(self) -> Tensor: ...
+
+    def positions(self, row_E: Tensor, at_E: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """One batch, as every layer that is trained on saw it."""
+
+    layers: dict[int, AttentionInputs]
+    origin: Origin
+    n_tokens: int
+    """Real tokens, BOS included."""
+
+
+class Stream(Protocol):
+    """An endless iterator over harvests whose place can be saved as plain values and gone back to."""
+
+    def __next__(self) -> Harvest: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class ModelStream:
+    """Layers of one frozen model on a stream of sequences; one forward pass a batch."""
+
+    def __init__(self, sites: Sequence[AttentionSite], text: Sequences) -> None:
+        self.sites, self.text = sites, text
+        self.device = next(sites[0].model.parameters()).device
+
+    def __next__(self) -> Harvest:
+        batch = next(self.text).to(self.device)
+        seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
+        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, batch.n_tokens)
+
+    def state(self) -> dict[str, Any]:
+        return self.text.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.text.restore(state)
+
+
+def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
+    """What one layer saw on a batch, outside of training; `UserError` where that is not finite."""
+    inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
+    require_finite(inputs, site.layer, batch)
+    return inputs
+
+
+def require_finite(inputs: AttentionInputs, layer: int, origin: Origin, step: int | None = None) -> None:
+    """Raise `UserError` that says where, unless everything harvested is finite.
+
+    Document and position are those of examples.parquet: content tokens from 0, BOS not counted (-1: BOS itself).
+    """
+    when = "" if step is None else f"at step {step}, "
+    for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
+        bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
+        if bool(bad.any()):
+            b, t = bad.nonzero()[0]
+            raise UserError(
+                f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
+                f"{int(origin.document_B[b])}, position {int(origin.positions(b, t))}; try --training.dtype float32 "
+                "(the last checkpoint is kept)"
+            )
