@@ -54,7 +54,7 @@ class PlantedCommand(Config):
     size: Literal["small", "medium", "large"] = "small"
     """How large the worlds are, and how long the training."""
     seeds: tuple[int, ...] = (3, 4, 5)
-    """Worlds and starts; settings were chosen on 0, 1 and 2."""
+    """Worlds and starts; settings were tried on 0, so leave it out of what you report."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure here too."""
     processes: int = Field(default=2, ge=1)

@@ -167,7 +167,7 @@ class RunConfig(Config):
     """One run: a model, its layers, the text, and both steps."""
 
     model: str | None = None
-    """A Hugging Face model: its folder or its name; or an embedded one: stories-gpt2 (the default), stories-llama."""
+    """A Hugging Face model: its folder or its name; or the embedded stories-gpt2 (the default)."""
     layers: tuple[int, ...] = ()
     """Layers to decompose, in one pass over the text. Empty with an embedded model: all of them."""
     data: DataConfig = DataConfig()

@@ -1,7 +1,7 @@
 """The small language models that ship with the package, so that the whole method runs and is checked anywhere.
 
-`stories-gpt2` has learned positions; `stories-llama` a rotary embedding and grouped queries. Both were trained by
-`train.py` on the embedded corpus (data/stories/), whose tokens have known roles; `skills.py` says what they can do.
+`stories-gpt2` was trained by `train.py` on the embedded corpus (data/stories/), whose tokens have known roles; `skills.py`
+says what it can do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..data.documents import EMBEDDED
 
 FOLDER = Path(__file__).parent
-EMBEDDED_MODELS = {name: FOLDER / name for name in ("stories-gpt2", "stories-llama")}
+EMBEDDED_MODELS = {"stories-gpt2": FOLDER / "stories-gpt2"}
 LAYERS = 4
 
 

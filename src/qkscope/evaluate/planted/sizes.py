@@ -1,4 +1,7 @@
-"""The benchmark's sizes; what was chosen was chosen on seeds 0 and 1, which are not those reported."""
+"""The benchmark's sizes.
+
+Settings were tried on seed 0 of `small` and `medium`, which is not reported; those of `large` are theirs carried over.
+"""
 
 from __future__ import annotations
 
