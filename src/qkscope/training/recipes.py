@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "start": "projection",
         "norm": "score",
         "aux": 1 / 32,
-        "anneal": 8.0,
+        "anneal": 1.0,
         "learning_rate": 8e-3,
     },
 }
