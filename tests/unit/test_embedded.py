@@ -37,7 +37,7 @@ def test_a_model_loads_by_name_and_by_transformers_alone(name: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODELS[name], dtype=torch.float32).eval()
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once Mary and John lived in Kelso.")["input_ids"]]])
     assert torch.equal(model(ids).logits, plain(ids).logits)
-    assert model.config.num_hidden_layers == LAYERS
+    assert plain.config.num_hidden_layers == LAYERS
     same = AutoTokenizer.from_pretrained(EMBEDDED_MODELS[name])
     assert same.get_vocab() == make_tokenizer(train.CONTEXT).get_vocab()
 

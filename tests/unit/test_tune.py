@@ -215,7 +215,7 @@ def test_tune_keeps_relu_dictionaries_as_dense_as_they_were() -> None:
     job.sparsity = 5.0
     before = mean_l0(job, inputs)
     trained(job, inputs, 300)
-    assert float(job.l0_query) == pytest.approx(before)
+    assert float(job.get_buffer("l0_query")) == pytest.approx(before)
     assert 0.6 * before < mean_l0(job, inputs) < 1.4 * before
     frozen = some_job(inputs, 0.5, activation="relu")
     frozen.sparsity = 5.0

@@ -1,7 +1,7 @@
 """The small language models that ship with the package, so that the whole method runs and is checked anywhere.
 
-`stories-gpt2` was trained by `train.py` on the embedded corpus (data/stories/), whose tokens have known roles; `skills.py`
-says what it can do.
+`stories-gpt2` was trained by `train.py` on the embedded corpus (data/stories/), whose tokens have known roles;
+`skills.py` says what it can do.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def head_roles(site: AttentionSite, heldout: list[tuple[Batch, AttentionInputs, 
     position 0). `attention`: share of the head's mass; `ce_increase`: nats a token.
     """
     n_heads = site.shape["N"]
-    mass = sum(_mass(inputs, labelled) for _, inputs, labelled in heldout)
+    mass = torch.stack([_mass(inputs, labelled) for _, inputs, labelled in heldout]).sum(0)
     rows_seen = sum(int(inputs.real_BT.sum()) for _, inputs, _ in heldout)
     above = (mass[0] - mass[1]).flatten(1).topk(ROLE_PAIRS).indices
     tried = {(head, *divmod(place, mass.shape[-1])) for head in range(n_heads) for place in above[head].tolist()}

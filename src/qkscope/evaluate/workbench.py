@@ -160,7 +160,8 @@ class Workbench:
 
 def copy_of(transcoder: SparseTranscoder, metric_NHH: Tensor) -> SparseTranscoder:
     """An independent copy of a dictionary, its metric included."""
-    other = SparseTranscoder(*transcoder.W_enc.shape, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)
+    d_in, width = transcoder.W_enc.shape
+    other = SparseTranscoder(d_in, width, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)
     other.set_metric(None if transcoder.metric is None else metric_NHH)
     other.load_state_dict(transcoder.state_dict())
     return other

@@ -44,13 +44,11 @@ class World:
         if self.day > w.MONTH_DAYS[self.month]:
             self.day, self.month = 1, (self.month + 1) % 12
 
-    def date(self) -> dict[str, Slot]:
+    def date(self) -> tuple[Slot, Slot]:
         """Day and month as they are written; from the second date of a document on they follow from the last one."""
         roles = ("next_day",) if self.dated else ()
         self.dated = True
-        return {
-            "day": Slot(str(self.day), ("day_number", *roles)), "month": Slot(w.MONTHS[self.month], ("month", *roles)),
-        }  # fmt: skip
+        return Slot(str(self.day), ("day_number", *roles)), Slot(w.MONTHS[self.month], ("month", *roles))
 
 
 def person(d: Draft, taken: list[Person]) -> Person:
@@ -135,7 +133,9 @@ def dated(d: Draft, s: World) -> None:
     if s.dated:
         s.next_day()
         start = "The next day, {day} {month},"
-    d.say(f"{start} {d.pick(('{a} {took} the {object}.', '{a} {went} to the {place}.'))}", a=s.known(d), **s.date())
+    told = d.pick(("{a} {took} the {object}.", "{a} {went} to the {place}."))
+    a, (day, month) = s.known(d), s.date()
+    d.say(f"{start} {told}", a=a, day=day, month=month)
 
 
 def aside(d: Draft, s: World) -> None:
@@ -282,7 +282,8 @@ def diary(d: Draft) -> None:
         d.text += "\n"
         line = d.pick(("{who} {took} {number} {objects} at the {place}.", "{who} {went} to the {place}.",
                        "rain, and {who} was {mood}."))  # fmt: skip
-        d.say("{day} {month}: " + line, who=d.pick(s.people), **s.date())
+        who, (day, month) = d.pick(s.people), s.date()
+        d.say("{day} {month}: " + line, who=who, day=day, month=month)
         s.next_day()
 
 
@@ -290,7 +291,8 @@ def note(d: Draft) -> None:
     """A letter."""
     s = world(d, 2)
     a, b = s.people
-    d.say("To {a}, {day} {month}. This is from {b}.", a=a, b=b, **s.date())
+    day, month = s.date()
+    d.say("To {a}, {day} {month}. This is from {b}.", a=a, b=b, day=day, month=month)
     for _ in range(d.pick(range(4, 9), free=True)):
         d.weighted(SHARES)(d, s)
     d.say("With love from {b} to {a}.", a=a, b=b)

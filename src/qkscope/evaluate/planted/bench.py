@@ -132,7 +132,8 @@ def oracle_job(world: Planted) -> MapJob:
             half = world.scale_F * sum(EVENT) / 4 * side.norms()
             side.threshold.copy_(torch.where(used[:-1], half, torch.inf))
         sides.append(side.eval().requires_grad_(False))
-    return MapJob(LAYER, "oracle", *sides, world.pairs, dictionary_rate=0.0, strength_rate=0.0).eval()
+    query, key = sides
+    return MapJob(LAYER, "oracle", query, key, world.pairs, dictionary_rate=0.0, strength_rate=0.0).eval()
 
 
 def dictionaries(size: Size) -> dict[str, tuple[DictionaryConfig, tuple[str, ...], bool]]:

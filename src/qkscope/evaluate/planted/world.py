@@ -193,7 +193,7 @@ class Planted:
         bias = n + 1
         sinks = [(bias, self.bos, h) for h in range(c.heads) if h % 2 == 0]
         triples = torch.tensor([(a, b, h) for h, found in enumerate(heads) for a, b in found] + sinks)
-        pairs = Pairs.of(*triples.T, n + 1, n + 1, c.heads)
+        pairs = Pairs.of(triples[:, 0], triples[:, 1], triples[:, 2], n + 1, n + 1, c.heads)
         size = torch.cat([self.scale_F, torch.ones(1)])  # the bias is always 1; events average 1
         strength = _uniform(STRENGTH, len(pairs), generator)
         strength[pairs.query_P == bias] = SINK_STRENGTH
@@ -215,12 +215,12 @@ class Planted:
     def _head_directions(self, count: int, generator: torch.Generator) -> Tensor:
         """Orthonormal directions of one head's pairs, [count, H]."""
         c = self.config
+        turn = c.context * _plane_rates(c.head_width)
         if not c.rotary:
             places = torch.arange(c.head_width)
             local = 0
         else:
             half = c.head_width // 2
-            turn = c.context * _plane_rates(c.head_width)
             slow = (turn <= SLOW).nonzero()[:, 0]
             places, local = torch.cat([slow, slow + half]), LOCAL
         free = count - local
