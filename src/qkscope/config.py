@@ -144,7 +144,7 @@ class PairsConfig(Config):
     """tune: how many prunings lead to `count`."""
     first: float = Field(default=8.0, ge=1)
     """tune: the first stage keeps this many times the final count."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=4e-3, gt=0)
     """tune: Adam's peak rate for the dictionaries."""
     strength_rate: float = Field(default=1e-2, gt=0)
     """refit and tune: Adam's peak rate for the kept strengths, relative to each weight's own size."""
