@@ -71,12 +71,13 @@ class Workbench:
         """A sparse map on its own copy of a job's dictionaries; `tuned`: they are trained with it."""
         settings = PairsConfig()
         return MapJob(
-            self.layer, name, *self._copies(job), pairs,
+            self.layer, name, *self.copies(job), pairs,
             dictionary_rate=settings.learning_rate if tuned else 0.0, strength_rate=settings.strength_rate,
             sparsity=getattr(job, "config", DictionaryConfig()).sparsity or 0.0,
         )  # fmt: skip
 
-    def _copies(self, job: Job) -> tuple[SparseTranscoder, SparseTranscoder]:
+    def copies(self, job: Job) -> tuple[SparseTranscoder, SparseTranscoder]:
+        """Independent copies of a job's dictionaries."""
         query, key = (copy_of(t, self.statistics[s].metric_NHH) for s, t in (("query", job.query), ("key", job.key)))
         return query, key
 
@@ -140,7 +141,7 @@ class Workbench:
     def _masked(self, job: Job, counts: list[int], tokens: int, sparsity: float) -> Iterator[Pruned]:
         """The published step 2, cut to each count by importance, and a refit of what that leaves."""
         live = firing_features(self.sample, job.query, job.key)
-        query, key = self._copies(job)
+        query, key = self.copies(job)
         mask = MaskJob(self.layer, "mask", query, key, live, self.shape.N, sparsity=sparsity, rate=1e-2)
         took = self.fit([mask], tokens)
         pairs, values = mask.kept()
