@@ -1,6 +1,6 @@
 """Train the embedded models, from nothing, on the embedded corpus. The same command goes on after a kill.
 
-    python -m qkscope.embedded.train stories-gpt2 --out build/stories-gpt2          # about an hour on two cores
+    python -m qkscope.embedded.train stories-gpt2 --out build/stories-gpt2
     python -m qkscope.embedded.train stories-llama --out build/stories-llama
 
 Notable:

@@ -97,8 +97,8 @@ ENDINGS = (
 )  # fmt: skip
 BRACKETS = (("(", ")"), ("[", "]"), ("{", "}"))
 IRREGULAR = {
-    "knife": "knives", "loaf": "loaves", "brush": "brushes", "watch": "watches", "box": "boxes", "bench": "benches",
-    "fox": "foxes", "fisherman": "fishermen", "compass": "compasses", "necklace": "necklaces", "torch": "torches",
+    "knife": "knives", "loaf": "loaves", "brush": "brushes", "bench": "benches",
+    "fox": "foxes", "fisherman": "fishermen", "compass": "compasses", "necklace": "necklaces",
 }  # fmt: skip
 
 
