@@ -167,7 +167,8 @@ class RunConfig(Config):
     """One run: a model, its layers, the text, and both steps."""
 
     model: str | None = None
-    """A Hugging Face model: its folder or its name; or the embedded stories-gpt2 (the default)."""
+    """A Hugging Face model: its folder or its name; or the embedded stories-gpt2 (the default) or
+    stories-llama."""
     layers: tuple[int, ...] = ()
     """Layers to decompose, in one pass over the text. Empty with an embedded model: all of them."""
     data: DataConfig = DataConfig()

@@ -15,7 +15,7 @@ class UserError(Exception):
     """A mistake the person can mend; the message is one line that quotes the value and names the fix."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`' (did you mean ...?)'` for the known word nearest to `word`, or nothing where none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], least: float = 0.5) -> str:
+    """`' (did you mean ...?)'` for the known word nearest to `word`, or nothing where none is as near as `least`."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=least)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -19,8 +19,8 @@ from .config import RunConfig
 from .data import Sequences, check_text
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
-from .embedded import with_defaults
-from .errors import UserError
+from .embedded import EMBEDDED_MODELS, with_defaults
+from .errors import UserError, nearest
 from .evaluate.run import evaluate_run
 from .files import remove_leftovers
 from .models import load_model
@@ -103,6 +103,11 @@ def _has_all(run: Run, names: tuple[str, ...]) -> bool:
 
 
 def _require_values(config: RunConfig) -> None:
+    name = config.model or ""
+    # A hub's gpt2 is not so near to stories-gpt2; what is nearer is a slip.
+    hint = "" if name in EMBEDDED_MODELS else nearest(name.lower(), EMBEDDED_MODELS, least=0.8)
+    if hint and not Path(name).exists():
+        raise UserError(f"--model {name}: no such folder and no such embedded model{hint}")
     if not config.layers:
         raise UserError("--layers is missing; name the layers to decompose, e.g. --layers 2 6 10")
     if config.data.source is None:

@@ -48,6 +48,7 @@ OPTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"layers": "a"}, ("--layers", "'a'")),
     ({"data.source": None}, ("--data.source is missing",)),
     ({"data.source": "no-such-text.txt"}, ("no-such-text.txt",)),
+    ({"model": "Stories-Lama"}, ("--model Stories-Lama: no such", "(did you mean 'stories-llama'?)")),
     ({"data.text-column": "txt"}, ("no column 'txt' (did you mean 'text'?)",)),
     ({"data.text-column": "number"}, ("column 'number' holds int64",)),
     ({"data.context": 129}, ("--data.context 129", "128 positions")),

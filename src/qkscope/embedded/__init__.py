@@ -1,7 +1,7 @@
 """The small language models that ship with the package, so that the whole method runs and is checked anywhere.
 
-`stories-gpt2` was trained by `train.py` on the embedded corpus (data/stories/), whose tokens have known roles;
-`skills.py` says what it can do.
+Both learned from the embedded corpus (data/stories/), whose tokens have known roles, by `train.py`: `stories-gpt2` with
+learned positions, `stories-llama` with a rotary embedding and grouped queries. `skills.py` says what they can do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..data.documents import EMBEDDED
 
 FOLDER = Path(__file__).parent
-EMBEDDED_MODELS = {"stories-gpt2": FOLDER / "stories-gpt2"}
+EMBEDDED_MODELS = {name: FOLDER / name for name in ("stories-gpt2", "stories-llama")}
 LAYERS = 4
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
 from ..documents import Document, Documents, Split, split_of
@@ -40,6 +41,11 @@ def story_of(index: int) -> Story:
     return Story(index, draft.text, tuple(draft.spans), draft.nats)
 
 
+@lru_cache(maxsize=1 << 15)  # some 40 MB: the phases of a run begin their text anew, and writing takes a millisecond
+def _text_of(index: int) -> str:
+    return story_of(index).text
+
+
 class StoryDocuments(Documents):
     """The corpus as a source of text: every (seed, epoch) has documents of its own, without end."""
 
@@ -52,7 +58,7 @@ class StoryDocuments(Documents):
         first = (seed % 2**20 * 64 + epoch % 64) * EPOCH_DOCUMENTS
         position = start
         while True:
-            text = story_of(first + position).text
+            text = _text_of(first + position)
             found = split_of(text, self._heldout)
             if split is None or split == found:
                 yield Document(position, first + position, found, text)

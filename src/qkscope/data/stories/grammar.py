@@ -102,8 +102,9 @@ def giving(d: Draft, s: World) -> None:
     verb = Slot(d.pick(w.GAVE_TO if to == "to" else w.BOUGHT_FOR), ("verb",))
     spans = d.say(f"{where} {{giver}} {{verb}} {what} {to} {{other}}.", a=a, b=b, giver=giver, other=other, verb=verb)
     named = [i for i in spans if "name" in d.spans[i].roles]
-    d.add_roles(named[-1], "indirect_object")
-    d.add_roles(named[-2], "giver")
+    roles = ("of_two",), ("of_two",), ("giver", "again_of_two"), ("indirect_object", "again_of_two")
+    for span, given in zip(named, roles, strict=True):
+        d.add_roles(span, *given)
 
 
 def agreement(d: Draft, s: World) -> None:

@@ -1,7 +1,8 @@
 """What each token of a story is there for: the roles its writer gave it, and those its word has anyway.
 
-A role is a column of a boolean matrix, and a token may have several. A span of several tokens (a long name) has its
-role on its last token, where the whole of it has been read; the tokens before are `part`.
+A role is a column of a boolean matrix, and a token may have several or none. A span of several tokens (a long name) has
+its role on its last token, where the whole of it has been read; the tokens before are `part`. For what comes next,
+`starts_TR` has a span's roles on its first token, a person's on the title where there is one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ROLES: dict[str, str] = {
     "person_3": "the third person or a later one",
     "title": "a title before a surname",
     "surname": "a surname",
+    "of_two": "one of two people, one of whom is about to give the other something",
+    "again_of_two": "one of those two, named for the second time: the giver or the indirect object",
     "giver": "the one who gives, named for the second time in the sentence",
     "indirect_object": "the one given to: of two named, the one who does not give",
     "pronoun": "a pronoun that stands for a person",
@@ -87,14 +90,16 @@ class TokenRoles:
 
     roles_TR: np.ndarray
     """bool [T, R], columns as in `NAMES`."""
+    starts_TR: np.ndarray
+    """The same, with the roles of several tokens on the first of them."""
     link_T: np.ndarray
     """int64 [T]: the earlier token that this one answers to (a bracket's partner, a verb's subject, a name's last
-    mention, the same word of the song), -1 where there is none."""
+    mention, the same word of the song), -1 where there is none. All tokens of a name have its link, its title too."""
 
 
 def token_roles(text: str, spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> TokenRoles:
     """Roles of a document's tokens, given where each token stands in the text (BOS not among them)."""
-    roles = np.zeros((len(offsets), len(NAMES)), dtype=bool)
+    roles, first_roles = (np.zeros((len(offsets), len(NAMES)), dtype=bool) for _ in range(2))
     link = np.full(len(offsets), -1, dtype=np.int64)
     starts = np.array([_word_start(text, a, b) for a, b in offsets], dtype=np.int64)
     last_of_span = np.full(len(spans), -1, dtype=np.int64)
@@ -104,22 +109,28 @@ def token_roles(text: str, spans: Sequence[Span], offsets: Sequence[tuple[int, i
             continue  # beyond the tokens that were kept
         last = inside[-1]
         last_of_span[number] = last
-        roles[inside[:-1], NUMBER["part"]] = True
-        roles[last, [NUMBER[r] for r in span.roles]] = True
+        begins = inside[0]
+        if number and "title" in spans[number - 1].roles and spans[number - 1].end + 1 == span.start:
+            begins = last_of_span[number - 1]
+        roles[inside[:-1], NUMBER["part"]] = first_roles[inside[:-1], NUMBER["part"]] = True
+        given = [NUMBER[r] for r in span.roles]
+        roles[last, given] = True
+        first_roles[begins, given] = True
         if span.link >= 0:
-            link[last] = last_of_span[span.link]
+            link[begins : last + 1] = last_of_span[span.link]
     new_sentence = True
     for t, (start, (_, end)) in enumerate(zip(starts, offsets, strict=True)):
         word = text[start:end]
-        given = roles[t].any()
+        own = []
         if new_sentence and word != "\n":
-            roles[t, NUMBER["sentence_start"]] = True
+            own.append(NUMBER["sentence_start"])
         new_sentence = word in (".", "\n")
         if word in _MARKS:
-            roles[t, NUMBER[_MARKS[word]]] = True
-        elif not given and word.lower() in _BY_WORD:
-            roles[t, _BY_WORD[word.lower()]] = True
-    return TokenRoles(roles, link)
+            own.append(NUMBER[_MARKS[word]])
+        elif not roles[t].any() and word.lower() in _BY_WORD:
+            own.append(_BY_WORD[word.lower()])
+        roles[t, own] = first_roles[t, own] = True
+    return TokenRoles(roles, first_roles, link)
 
 
 def _word_start(text: str, start: int, end: int) -> int:
