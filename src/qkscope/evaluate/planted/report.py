@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def bench_planted(size: str, seeds: Sequence[int], path: Path | None, processes:
         raise UserError(f"--size {size}: choose {', '.join(SIZES)}")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: give different numbers from 0 on, e.g. --seeds 3 4 5")
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--json {path}: {'is a folder' if path.is_dir() else f'{path.parent} does not exist'}")
+    if path is not None and (wrong := _unwritable(path)):
+        raise UserError(f"--json {path}: {wrong}; name a file")
     found: dict[str, Any] = {}
     for found in run_planted(SIZES[size], seeds, processes):
         found.update(benchmark="planted", size=size)
@@ -33,11 +34,26 @@ def bench_planted(size: str, seeds: Sequence[int], path: Path | None, processes:
     return found
 
 
+def _unwritable(path: Path) -> str:
+    """Why a file cannot be written there; empty where it can."""
+    if path.is_dir():
+        return "is a folder"
+    if path.exists() and not path.is_file():
+        return "is no plain file"
+    if not path.parent.is_dir():
+        return f"{path.parent} does not exist"
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """One table a world; ± is the standard deviation over seeds."""
     seeds = " ".join(map(str, found["seeds"]))
     yield f"planted, size {found['size']}, seeds {seeds}: mean ± standard deviation over seeds"
-    yield f"pair scores: maps of {JUDGED} n pairs, n the number of true ones; KL: nats, maps of 1, 2, 4 and 8 n pairs"
+    yield f"pair scores: maps of {JUDGED} n pairs, n the number of true ones; KL: nats, maps of 1, 2 and 4 n pairs"
     for world in dict.fromkeys(row["world"] for row in found["table"]):
         rows = [row for row in found["table"] if row["world"] == world]
         kl = {row["dictionary"]: cell(row["figures"], "kl", 3) for row in rows if row["multiple"] is None}

@@ -72,9 +72,9 @@ class WorldConfig:
     rotary: bool = False
     shared: float = 0.25
     """Share of a head's pairs that the head before it has too."""
-    frequency: float = 0.15
+    frequency: float = 0.3
     """Of the most frequent feature."""
-    exponent: float = 0.7
+    exponent: float = 0.6
     noise: float = 0.02
     orthogonal: bool = False
     """Orthogonal directions (features + 1 <= width): nothing leaks."""
