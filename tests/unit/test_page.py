@@ -21,6 +21,7 @@ import yaml
 from qkscope.errors import UserError
 from qkscope.evaluate import charts
 from qkscope.evaluate.page import write_page
+from qkscope.evaluate.stored import PAIR, Layer
 
 WIDTH, HEADS, KEPT = 120, 6, 400
 EDGES = [-6 + 0.25 * i for i in range(25)]
@@ -237,6 +238,25 @@ def test_every_part_of_a_full_run(tmp_path: Path) -> None:
     assert page.count("data:image/png") == 2 * 4 * 6
     assert page.index("Head 0</figcaption>") < page.index("Other heads")  # the head of the largest importance first
     assert len(page) < 2_000_000
+
+
+def test_pairs_along_links_stand_first_where_they_are_known(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", (2,))
+    assert "along links" not in checked(folder)[1].text
+    rows = pq.read_table(folder / "layer_2" / "pairs.parquet").to_pylist()
+    parts = {40: 0.0002, 10: 0.0005, 3: 0.01, 20: -0.02}  # nats; the third is a bias's
+    known = [{**{key: rows[at][key] for key in PAIR}, "linked": part} for at, part in parts.items()]
+    (folder / "layer_2" / "truth.json").write_text(json.dumps({"pairs": known}), encoding="utf-8")
+    layer = Layer(folder / "layer_2", 2)
+    shown = layer.shown_pairs["Strongest pairs along links"]
+    assert shown[0]["place"] == 11 and 41 in [pair["place"] for pair in shown]
+    assert all(pair["query_feature"] >= 0 <= pair["key_feature"] for pair in shown)
+    worth = [layer.linked(pair) for pair in shown]
+    assert worth == sorted(worth, reverse=True) and min(worth) > 0
+    page, _ = checked(folder)
+    linked = page[page.index("Strongest pairs along links") :].split("</table>")[0]
+    assert linked.count("<tr>") == 1 + len(shown) and "0.5</td>" in linked and "0.2</td>" in linked
+    assert page.index("Strongest pairs along links") < page.index("Strongest pairs</h3>")
 
 
 def test_tokens_cannot_harm(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def _short(value: Any, percent: bool = False) -> str:
     value = value.get("mean") if isinstance(value, dict) else value
     if not percent:
         return number(value)
-    return f"{number(100 * value)} %" if finite(value) else charts.DASH
+    return f"{number(round(100 * value, 3))} %" if finite(value) else charts.DASH
 
 
 def _table(head: list[str], rows: list[list[str]], kind: str = "plain", wide: tuple[int, ...] = ()) -> str:
@@ -294,6 +294,7 @@ def _pair_table(layer: Layer, title: str, pairs: list[dict[str, Any]]) -> str:
     for pair in pairs:
         features = [_feature(layer, side, pair[f"{side}_feature"]) for side in SIDES]
         numbers = [number(pair["strength"]), number(1000 * pair["importance"])]
+        numbers += [number(1000 * layer.linked(pair))] if "links" in title else []
         rows.append([str(pair["place"]), str(pair["head"]), *features, *numbers])
     note = ("Strength multiplies the two activations in a score: above 0 the head attends from where the query feature "
             "fires to where the key feature fires, below 0 it turns away; with a rotary embedding it is a factor on a "
@@ -303,6 +304,10 @@ def _pair_table(layer: Layer, title: str, pairs: list[dict[str, Any]]) -> str:
         note = ("A side's bias is a feature that is always active: with a rotary embedding these pairs carry what a "
                 "head does by distance alone, and what it does whatever the other side says.")  # fmt: skip
     head = ["#", "head", "query feature", "key feature", "strength", "importance, mnat"]
+    if "links" in title:
+        note = ("Pairs through which a token, or the one before it, finds what it answers to; those with the most "
+                "importance along such links (last column, on held-out text) first. " + note)  # fmt: skip
+        head.append("along links, mnat")
     opening = f'<h3>{title}</h3><p class="note">{note}</p>'
     return opening + _table(head, rows, "pairs tokens", (2, 3)) if rows else ""
 
@@ -318,12 +323,16 @@ def _truth(layer: Layer) -> str:
             " / ".join(_short((scores.get(side) or {}).get(key), key == "named") for side in SIDES)
             for key in ("live", "named", "f1_mean", "f1_by_importance")
         ]
-        rows.append([text(names.get(name, name)), *cells, _short(scores["pairs"]["matching"], True)])
-    head = ["", "live q / k", "named q / k", "mean F1 q / k", "F1 by importance q / k", "pairs between their labels"]
-    note = ("Every token of the embedded corpus has known roles. A feature gets the role, or word, that it predicts "
-            "best on one half of the held-out sequences; F1 is that of the other half; named: F1 of 0.8 or more. By "
-            "importance: weighted by what a feature's pairs matter. Last column: share of the pairs' importance that "
-            "runs from the query feature's label to the key feature's.")  # fmt: skip
+        shares = [_short(scores["pairs"].get(key), True) for key in ("matching", "linked", "mostly_linked")]
+        rows.append([text(names.get(name, name)), *cells, *shares])
+    head = ["", "live q / k", "named q / k", "mean F1 q / k", "F1 by importance q / k", "between labels",
+            "along links", "in linked pairs"]  # fmt: skip
+    note = (f"Tokens of the embedded corpus have known roles. On half of {number(layer.figure('tokens', 'truth'))} "
+            "held-out tokens a feature gets the label it predicts best: a role, its own or a neighbour's, or a word. "
+            "All figures are of the other half. Named: F1 of 0.8 or more. By importance: weighted by what a feature's "
+            "pairs matter. Then shares of the pairs' importance (biases left out): between the two features' labels; "
+            "along links, to what the query's token, or the next one, answers to (a name's last mention, a bracket's "
+            "partner, a verb's subject, the same word of the song); in pairs with most of theirs there.")  # fmt: skip
     opening = f'<h3>Against what is known</h3><p class="note">{note}</p>'
     return opening + _table(head, rows) + _head_roles(layer)
 
@@ -335,8 +344,9 @@ def _head_roles(layer: Layer) -> str:
             attention = f"{_short(row['attention'], True)} ({_short(row['uniform'], True)})"
             names = [text(row[side]) for side in SIDES]
             rows.append([str(table["head"]) if not place else "", *names, attention, _value(row.get("ce_increase"))])
-    note = ("Between which roles each head attends, and what the model's loss gains, in nats a token, when the head "
-            "may not. Attention: share of all its attention (of uniform attention).")  # fmt: skip
+    note = ("Between which roles each head attends more than evenly, by what the model's loss gains, in nats a token, "
+            f"when the head may not: on {number(layer.figure('tokens', 'heads'))} held-out tokens, not those the roles "
+            "were chosen on. Attention: share of all its attention (of uniform attention).")  # fmt: skip
     head = ["head", "from", "to", "attention", "CE increase without"]
     return f'<h3>What the heads do</h3><p class="note">{note}</p>{_table(head, rows)}' if rows else ""
 

@@ -32,7 +32,7 @@ from .truth import truth_scores
 
 SAMPLE_TOKENS = 65_536  # training tokens behind the mean pattern and the controls' starts
 TRUTH_TOKENS = 32_768  # held-out tokens on which features are compared with known roles ...
-HEAD_BATCHES = 1  # ... and batches of it on which each head is intervened on
+HEAD_BATCHES = 2  # ... and batches of it for the heads: one to choose what is tried, the rest to measure it
 SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
 
 
@@ -101,31 +101,35 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         "recipe": config.dictionary.recipe,
         "pairs_method": config.pairs.method,
     }
+    if config.data.source == EMBEDDED:
+        batches = [b.to(device) for b in text("heldout", min(TRUTH_TOKENS, config.evaluation.tokens))]
+        report["truth"], details = _truth(dec, site, sample, batches)
+        measured = batches[1:HEAD_BATCHES] or batches  # as head_roles does
+        report["tokens"] |= {"truth": _tokens(batches), "heads": _tokens(measured)}
+        write_json(target / "truth.json", details)
     seconds = notes
     if again:
         with suppress(UserError):  # it may be what is missing
             seconds = dec.report.get("seconds", {})
     report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
-    if config.data.source == EMBEDDED:
-        report["truth"], details = _truth(
-            dec, site, sample, list(text("heldout", min(TRUTH_TOKENS, config.evaluation.tokens)))
-        )
-        write_json(target / "truth.json", details)
     examples.write(target, site.tokenizer)
     first = next(iter(text("heldout", 1))).to(device)
     write_json(target / "patterns.json", _shown_patterns(dec, site, first))
     write_json(target / "report.json", report)
 
 
+def _tokens(batches: list[Batch]) -> int:
+    return sum(batch.n_tokens for batch in batches)
+
+
 def _truth(
     dec: Decomposition, site: AttentionSite, sample: list[AttentionInputs], batches: list[Batch]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the embedded corpus knows of its tokens, compared with what was found: summary and details."""
-    device = next(site.model.parameters()).device
-    batches = [batch.to(device) for batch in batches]
     labels = StoryLabels(site.tokenizer, batches)
     heldout = [(harvest_finite(site, batch), labels.of(batch)) for batch in batches]
-    summary, details = truth_scores(dec, sample, heldout, labels, sample_l0(dec, sample))
+    controls = dec.config.evaluation.controls
+    summary, details = truth_scores(dec, sample, heldout, labels, sample_l0(dec, sample), with_controls=controls)
     few = [(batch, *seen) for batch, seen in zip(batches[:HEAD_BATCHES], heldout, strict=False)]
     return summary, {**details, "heads": head_roles(site, few)}
 

@@ -15,8 +15,9 @@ import yaml
 from ..errors import UserError
 from .charts import finite
 
-PAIRS_SHOWN, BIAS_ROWS_SHOWN, DENSEST_SHOWN, SNIPPETS = 30, 10, 6, 2
+PAIRS_SHOWN, LINKED_SHOWN, BIAS_ROWS_SHOWN, DENSEST_SHOWN, SNIPPETS = 30, 12, 10, 6, 2
 SIDES = ("query", "key")
+PAIR = ("query_feature", "key_feature", "head")
 
 
 class Layer:
@@ -47,11 +48,17 @@ class Layer:
 
     @cached_property
     def shown_pairs(self) -> dict[str, list[dict[str, Any]]]:
-        """The pairs the page shows: of two features, and with a side's bias (mostly position) apart from them."""
+        """The pairs the page shows: of two features, and with a side's bias (mostly position) apart from them; where
+        the truth is known also those with the most importance along its links."""
         biased = [min(row["query_feature"], row["key_feature"]) < 0 for row in self.pairs]
         two = [row for row, bias in zip(self.pairs, biased, strict=True) if not bias]
         one = [row for row, bias in zip(self.pairs, biased, strict=True) if bias]
-        return {"Strongest pairs": two[:PAIRS_SHOWN], "Strongest pairs with a bias": one[:BIAS_ROWS_SHOWN]}
+        linked = sorted((row for row in two if self.linked(row) > 0), key=lambda row: -self.linked(row))
+        return {
+            "Strongest pairs along links": linked[:LINKED_SHOWN],
+            "Strongest pairs": two[:PAIRS_SHOWN],
+            "Strongest pairs with a bias": one[:BIAS_ROWS_SHOWN],
+        }
 
     @cached_property
     def densest(self) -> list[dict[str, Any]]:
@@ -78,6 +85,16 @@ class Layer:
     def truth(self) -> dict[str, Any]:
         """What is known of each feature, pair and head on the embedded corpus."""
         return read(self.folder / "truth.json", _json) or {}
+
+    def linked(self, pair: dict[str, Any]) -> float:
+        """The part of a pair's importance along links, nats; 0 where that is not known."""
+        return self._linked.get(tuple(pair[key] for key in PAIR), 0.0)
+
+    @cached_property
+    def _linked(self) -> dict[tuple[Any, ...], float]:
+        return {
+            tuple(row[key] for key in PAIR): row["linked"] for row in self.truth.get("pairs", []) if "linked" in row
+        }
 
     def known(self, side: str, feature: int) -> dict[str, Any] | None:
         """The label of a feature with its figures, where there is one."""

@@ -2,9 +2,10 @@
 
 - Every live feature gets the label (labels.py) that it predicts best, with precision, recall and F1. The label, and the
   share of its largest activation from which the feature counts as on, are chosen on one half of the held-out sequences;
-  the figures are those of the other half: the best of thousands of labels flatters any feature where it is chosen.
-- Every kept pair gets the share of its importance that runs from tokens with the query feature's label to tokens with
-  the key feature's.
+  all figures are those of the other half: the best of thousands of labels flatters any feature where it is chosen.
+- Every kept pair gets the part of its importance that runs from tokens with the query feature's label to tokens with
+  the key feature's (`matching`), and the part that runs along a link (`linked`): to what the query's token, or the one
+  after it, answers to. Right labels match whichever features are paired; links know who belongs to whom.
 
 Controls (random directions, singular vectors of the model's own product, the residual basis, shuffled pairs) are scored
 alike. What each head does is in heads.py.
@@ -28,7 +29,8 @@ from .labels import Labelled, StoryLabels
 
 Text = list[tuple[AttentionInputs, Labelled]]
 
-LEVELS = (0.0, 0.2, 0.4, 0.6)  # a feature is on above this share of its largest activation on training text
+# A feature is on above one of these shares of its largest activation on training text.
+LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 GOOD = 0.8  # F1 from which a feature counts as named
 PAIR_TOKENS = 8192  # held-out tokens over which pairs are followed from query to key
 RANK_BATCHES = 4  # of training text behind the ranking of the controls' pairs
@@ -140,74 +142,108 @@ def holds(found: FeatureLabels, labelled: Labelled, n_words: int) -> Tensor:
     word = label - n_roles
     here = labelled.word_BT[..., None] == word
     before = labelled.word_before_BT[..., None] == word - n_words
-    # A padded position has the padding token, which no label of a live feature is.
+    # Whatever holds at a padded position, nothing fires there.
     always = torch.ones_like(here[..., :1])
     return torch.cat([roles | here | before, always], -1)
 
 
+@dataclass
+class PairScores:
+    """What each pair is worth on held-out text, and along what it runs; nats a query row."""
+
+    pairs: Pairs
+    importance_P: Tensor
+    matching_P: Tensor
+    """The part of it between tokens with the two features' labels."""
+    linked_P: Tensor
+    """The part of it along links."""
+
+
 @torch.no_grad()
-def matching_share(
+def score_pairs(
     dec: Decomposition,
     pairs: Pairs,
     strength_P: Tensor,
     found: dict[str, FeatureLabels],
     heldout: Text,
     labels: StoryLabels,
-) -> tuple[Tensor, Tensor]:
-    """Importance of each pair on held-out text (nats [P]) and the share of it between matching labels [P].
+) -> PairScores:
+    """Importance of each pair, and its parts between labels and along links, on the sequences labels are scored on.
 
-    Importance is Σ_ij P_ij (δ_ij - mean_i)², split by (i, j). Soft caps are left out of it.
+    Importance is ½ Σ_ij P_ij δ_ij (δ_ij - mean_i), split by (i, j): what does not fire has no part in it. (The same sum
+    as ½ Σ_ij P_ij (δ_ij - mean_i)², which would give the most to the keys that are *not* attended to where the attended
+    one holds nearly all of the row.) A key at which a pair fires, but less than its row's mean, has a negative part.
+    Soft caps are left out of it.
     """
-    total, matched = (torch.zeros(len(pairs), device=strength_P.device) for _ in range(2))
-    count = 0
+    total, matched, linked = (torch.zeros(len(pairs), device=strength_P.device) for _ in range(3))
+    count = first = 0
     for inputs, labelled in heldout:
         if count >= PAIR_TOKENS:
             break
         item = see(inputs, dec.query, dec.key)
-        count += item.n_tokens
+        scored = [b for b in range(len(inputs.real_BT)) if (first + b) % 2]
+        first += len(inputs.real_BT)
+        count += int(inputs.real_BT[scored].sum())
         q_holds, k_holds = (holds(found[side], labelled, labels.n_words) for side in SIDES)
+        links_BQK = linked_edges(labelled.link_BT)
         for head in range(pairs.n_heads):
             pattern = item.weights(head)[0]
             in_head = torch.arange(*pairs.of_head(head).indices(len(pairs))[:2], device=strength_P.device)
-            for b in range(len(pattern)):
+            for b in scored:
                 fires = (item.acts_q_BTF[b] > 0).any(0)[pairs.query_P[in_head]]
                 fires &= (item.acts_k_BTF[b] > 0).any(0)[pairs.key_P[in_head]]
                 here = in_head[fires]
-                part = _plain if inputs.rule.rotary is None else _rotary
-                whole, both = part(dec, pairs, strength_P, item, pattern[b], head, b, here, q_holds[b], k_holds[b])
-                total[here] += whole
-                matched[here] += both
-    return total / (2 * max(count, 1)), matched / total.clamp(min=1e-30)
+                text = pattern[b], q_holds[b], k_holds[b], links_BQK[b]
+                if inputs.rule.rotary is None:
+                    parts = _plain(pairs, strength_P, item, head, b, here, *text)
+                else:
+                    parts = _rotary(dec, pairs, strength_P, item, head, b, here, *text)
+                for sums, part in zip((total, matched, linked), parts, strict=True):
+                    sums[here] += part
+    return PairScores(pairs, *(sums / (2 * max(count, 1)) for sums in (total, matched, linked)))
+
+
+def linked_edges(link_BT: Tensor) -> Tensor:
+    """Bool [B, Q, K]: key j is what query i, or the token after it, answers to."""
+    following_BT = torch.cat([link_BT[:, 1:], torch.full_like(link_BT[:, :1], -1)], 1)
+    j = torch.arange(link_BT.shape[1], device=link_BT.device)
+    return (link_BT[..., None] == j) | (following_BT[..., None] == j)
 
 
 def _plain(
-    dec: Decomposition, pairs: Pairs, strength_P: Tensor, item: Seen, pattern_QK: Tensor, head: int, b: int,
-    here: Tensor, q_holds_TF: Tensor, k_holds_TF: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Σ_ij P_ij (δ_ij - mean_i)² of pairs of one head in one sequence, whole and between labels; δ = s a_q a_k."""
+    pairs: Pairs, strength_P: Tensor, item: Seen, head: int, b: int, here: Tensor,
+    pattern_QK: Tensor, q_holds_TF: Tensor, k_holds_TF: Tensor, links_QK: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Σ_ij P_ij δ_ij (δ_ij - mean_i) of pairs of one head in one sequence, δ = s a_q a_k: whole, between labels, along
+    links."""
     used, column = pairs.key_P[here].unique(return_inverse=True)
-    a_k, holds_k = item.acts_k_BTF[b][:, used], k_holds_TF[:, used].float()
-    mean = pattern_QK @ a_k
-    second = pattern_QK @ a_k.square() - (2 - pattern_QK.sum(1, keepdim=True)) * mean.square()
-    within = pattern_QK @ (a_k.square() * holds_k) - 2 * mean * (pattern_QK @ (a_k * holds_k))
-    within += mean.square() * (pattern_QK @ holds_k)
+    a_k, holds_k = item.acts_k_BTF[b][:, used], k_holds_TF[:, used]
+    mean_QK = pattern_QK @ a_k
+
+    def part(pattern_QK: Tensor, a_KF: Tensor) -> Tensor:
+        return (pattern_QK @ a_KF.square() - mean_QK * (pattern_QK @ a_KF))[:, column]
+
     scale = (strength_P[here] * item.inputs.rule.scaling).square()
     squares = item.acts_q_BTF[b][:, pairs.query_P[here]].square()
-    whole = scale * (squares * second[:, column]).sum(0)
-    return whole, scale * (squares * q_holds_TF[:, pairs.query_P[here]] * within[:, column]).sum(0)
+    labelled = squares * q_holds_TF[:, pairs.query_P[here]]
+    return (
+        scale * (squares * part(pattern_QK, a_k)).sum(0),
+        scale * (labelled * part(pattern_QK, a_k * holds_k)).sum(0),
+        scale * (squares * part(pattern_QK * links_QK, a_k)).sum(0),
+    )
 
 
 def _rotary(
-    dec: Decomposition, pairs: Pairs, strength_P: Tensor, item: Seen, pattern_QK: Tensor, head: int, b: int,
-    here: Tensor, q_holds_TF: Tensor, k_holds_TF: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dec: Decomposition, pairs: Pairs, strength_P: Tensor, item: Seen, head: int, b: int, here: Tensor,
+    pattern_QK: Tensor, q_holds_TF: Tensor, k_holds_TF: Tensor, links_QK: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same with a rotary embedding, where δ has each pair's own M(i-j): block by block of [pairs, Q, K]."""
     rule, length = item.inputs.rule, len(pattern_QK)
     assert rule.rotary is not None
     table = rule.rotary.of_sequence(b, length)
     rows_q, rows_k = rows(dec.query, dec.shape.N)[:, head], rows(dec.key, dec.shape.G)
     rows_k = rows_k[:, head * dec.shape.G // dec.shape.N]
-    whole, both = [], []
+    parts = [strength_P.new_zeros(0, 3)]
     for block in here.split(max(PAIR_ELEMENTS // length**2, 1)):
         query, key = pairs.query_P[block], pairs.key_P[block]
         left, right = (
@@ -215,15 +251,24 @@ def _rotary(
             for row, acts in ((rows_q[query], item.acts_q_BTF[b][:, query]), (rows_k[key], item.acts_k_BTF[b][:, key]))
         )
         delta = (strength_P[block] * rule.scaling)[:, None, None] * (left @ right.transpose(1, 2))
-        squares = pattern_QK * (delta - (pattern_QK * delta).sum(-1, keepdim=True)).square()
-        whole.append(squares.sum((1, 2)))
-        both.append((squares * (q_holds_TF[:, query].T[:, :, None] & k_holds_TF[:, key].T[:, None])).sum((1, 2)))
-    return (torch.cat(whole), torch.cat(both)) if whole else (strength_P[here], strength_P[here])
+        worth = pattern_QK * delta * (delta - (pattern_QK * delta).sum(-1, keepdim=True))
+        labelled = q_holds_TF[:, query].T[:, :, None] & k_holds_TF[:, key].T[:, None]
+        parts.append(
+            torch.stack([worth.sum((1, 2)), (worth * labelled).sum((1, 2)), (worth * links_QK).sum((1, 2))], 1)
+        )
+    whole, matched, linked = torch.cat(parts).unbind(1)
+    return whole, matched, linked
 
 
 @torch.no_grad()
 def truth_scores(
-    dec: Decomposition, sample: list[AttentionInputs], heldout: Text, labels: StoryLabels, l0: dict[str, float]
+    dec: Decomposition,
+    sample: list[AttentionInputs],
+    heldout: Text,
+    labels: StoryLabels,
+    l0: dict[str, float],
+    *,
+    with_controls: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scores of a decomposition and its controls (for the report), and the label of each feature and pair.
 
@@ -231,24 +276,29 @@ def truth_scores(
     """
     found, pairs = _scored(dec, dec.pairs, dec.strength_P, sample, heldout, labels)
     summary: dict[str, Any] = {"decomposition": _summary(found, pairs)}
+    if with_controls:
+        summary |= _controls(dec, sample, heldout, labels, l0, found)
+    return summary, {"features": {s: _feature_rows(found[s], labels.names) for s in SIDES}, "pairs": _pair_rows(pairs)}
+
+
+def _controls(
+    dec: Decomposition,
+    sample: list[AttentionInputs],
+    heldout: Text,
+    labels: StoryLabels,
+    l0: dict[str, float],
+    found: dict[str, FeatureLabels],
+) -> dict[str, Any]:
+    """The same scores of shuffled pairs, random and SVD directions, and the residual basis."""
     _, mixed = _scored(dec, *shuffled_pairs(dec), sample, heldout, labels, found)
-    summary["shuffled"] = {"pairs": _summary(found, mixed)["pairs"]}
+    summary: dict[str, Any] = {"shuffled": {"pairs": _summary(found, mixed)["pairs"]}}
     controls = {**untrained(dec, sample, l0), "residual": residual_basis(dec, sample, l0)}
     for name, control in controls.items():
         ranked, _ = rank_pairs(sample[:RANK_BATCHES], control.query, control.key, len(dec.pairs))
         weights = weight_strength(ranked, rows(control.query, dec.shape.N), rows(control.key, dec.shape.G))
         strength = torch.ones_like(weights) if dec.shape.rotary else weights
         summary[name] = _summary(*_scored(control, ranked, strength, sample, heldout, labels))
-    return summary, {"features": {s: _feature_rows(found[s], labels.names) for s in SIDES}, "pairs": _pair_rows(pairs)}
-
-
-@dataclass
-class PairScores:
-    """Held-out importance of each pair, and the share of it between matching labels."""
-
-    pairs: Pairs
-    importance_P: Tensor
-    matching_P: Tensor
+    return summary
 
 
 def _scored(
@@ -261,12 +311,13 @@ def _scored(
     found: dict[str, FeatureLabels] | None = None,
 ) -> tuple[dict[str, FeatureLabels], PairScores]:
     found = found or {s: label_features(getattr(dec, s), sample, heldout, labels) for s in SIDES}
-    return found, PairScores(pairs, *matching_share(dec, pairs, strength_P, found, heldout, labels))
+    return found, score_pairs(dec, pairs, strength_P, found, heldout, labels)
 
 
 def _summary(found: dict[str, FeatureLabels], scores: PairScores) -> dict[str, Any]:
-    """Of features: as `FeatureLabels.summary`, and F1 weighted by what their pairs matter. Pairs with a bias are left
-    out of the pairs' figures: half of what they say is always true."""
+    """Of features: as `FeatureLabels.summary`, and F1 weighted by what their pairs matter. Of pairs: shares of their
+    importance between labels, along links, and in pairs with most of theirs along links; those with a bias are left
+    out, half of what they say is always true."""
     pairs, worth = scores.pairs, scores.importance_P.double()
     out: dict[str, Any] = {}
     for side, feature_P, width in (("query", pairs.query_P, pairs.n_query), ("key", pairs.key_P, pairs.n_key)):
@@ -276,7 +327,13 @@ def _summary(found: dict[str, FeatureLabels], scores: PairScores) -> dict[str, A
         out[side] = {**found[side].summary(), "f1_by_importance": weighted}
     two = (pairs.query_P < pairs.n_query) & (pairs.key_P < pairs.n_key)
     total = worth[two].sum().clamp(min=1e-30)
-    out["pairs"] = {"kept": len(pairs), "matching": float((worth * scores.matching_P)[two].sum() / total)}
+    mostly = two & (scores.linked_P > 0.5 * scores.importance_P)
+    out["pairs"] = {
+        "kept": len(pairs),
+        "matching": float(scores.matching_P[two].sum() / total),
+        "linked": float(scores.linked_P[two].sum() / total),
+        "mostly_linked": float(worth[mostly].sum() / total),
+    }
     return out
 
 
@@ -297,8 +354,6 @@ def _pair_rows(scores: PairScores) -> list[dict[str, Any]]:
     order = scores.importance_P.argsort(descending=True)
     query = pairs.query_P.where(pairs.query_P < pairs.n_query, -1)[order].tolist()
     key = pairs.key_P.where(pairs.key_P < pairs.n_key, -1)[order].tolist()
-    rest = (c[order].tolist() for c in (pairs.head_P, scores.importance_P, scores.matching_P))
-    return [
-        {"query_feature": a, "key_feature": b, "head": head, "importance": worth, "matching": share}
-        for a, b, head, worth, share in zip(query, key, *rest, strict=True)
-    ]
+    rest = (c[order].tolist() for c in (pairs.head_P, scores.importance_P, scores.matching_P, scores.linked_P))
+    names = ("query_feature", "key_feature", "head", "importance", "matching", "linked")
+    return [dict(zip(names, row, strict=True)) for row in zip(query, key, *rest, strict=True)]

@@ -83,7 +83,7 @@ class Workbench:
 
     @torch.no_grad()
     def decomposition(self, job: Job) -> Decomposition:
-        """A job as a decomposition; a step 1 job has no pairs. Pairs carry their importance where they have one."""
+        """A job as a decomposition, for its patterns: a step 1 job has no pairs, and no pair has its importance."""
         n = self.shape.N
         if isinstance(job, MapJob):
             pairs, strength = job.pairs, job.strengths(self.sample[0].rule)
