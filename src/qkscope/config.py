@@ -60,6 +60,9 @@ class DictionaryConfig(Config):
     """relu, topk, batchtopk or jumprelu."""
     sparsity: float | None = Field(default=None, ge=0)
     """Weight of the sparsity penalty (relu: the root penalty; jumprelu: the pull of L0 to k)."""
+    pair_sparsity: float | None = Field(default=None, ge=0)
+    """Weight of the pair penalty: how far the pairs of a head move its scores, summed over all of them. More of it
+    leaves fewer pairs to prune, at more KL while all are kept."""
     start: Literal["projection", "kaiming"] | None = None
     """Decoder rows from the model's own projection of the encoder directions, or Kaiming uniform."""
     norm: Literal["score", "decoder"] | None = None

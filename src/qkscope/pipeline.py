@@ -279,12 +279,12 @@ class _Runner:
         )  # fmt: skip
 
     def _map_job(self, job: Job, pairs: Pairs) -> MapJob:
-        settings = self.config.pairs
+        settings, dictionary = self.config.pairs, self.names[job.variant].dictionary
         rate = settings.learning_rate if settings.method == "tune" else 0.0
         return MapJob(
             job.layer, job.variant, job.query, job.key, pairs,
             dictionary_rate=rate, strength_rate=settings.strength_rate,
-            sparsity=self.names[job.variant].dictionary.sparsity or 0.0,
+            sparsity=dictionary.sparsity or 0.0, pair_sparsity=dictionary.pair_sparsity or 0.0,
         )  # fmt: skip
 
     def _warn_of_masks(self, jobs: Sequence[Step1Job]) -> None:

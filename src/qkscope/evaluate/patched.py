@@ -27,11 +27,11 @@ class PatchedScore:
     def add(self, site: AttentionSite, batch: Batch, variants: dict[str, PatternSource]) -> None:
         """Run the model plainly and once for each variant on one batch."""
         counted = batch.real_BT[:, 1:]
-        plain = _log_probabilities(site, batch)
+        plain = log_probabilities(site, batch)
         self._note(self.ce, "model", _next_token_loss(plain, batch), counted)
         for name, source in variants.items():
             with site.replace_pattern(source):
-                patched = _log_probabilities(site, batch)
+                patched = log_probabilities(site, batch)
             self._note(self.ce, name, _next_token_loss(patched, batch), counted)
             kl = (exp(plain) * (plain - patched)).sum(-1)
             self._note(self.kl, name, kl, batch.real_BT)
@@ -77,7 +77,7 @@ def _one_minus(figure: dict[str, Any]) -> dict[str, Any]:
     return {"mean": mean, "ci95": None if ci is None else [1 - ci[1], 1 - ci[0]]}
 
 
-def _log_probabilities(site: AttentionSite, batch: Batch) -> Tensor:
+def log_probabilities(site: AttentionSite, batch: Batch) -> Tensor:
     return site._forward(batch.tokens_BT, batch.real_BT).logits.float().log_softmax(-1)
 
 

@@ -69,11 +69,11 @@ class Workbench:
 
     def map_job(self, name: str, job: Job, pairs: Pairs, *, tuned: bool = False) -> MapJob:
         """A sparse map on its own copy of a job's dictionaries; `tuned`: they are trained with it."""
-        settings = PairsConfig()
+        settings, dictionary = PairsConfig(), getattr(job, "config", DictionaryConfig())
         return MapJob(
             self.layer, name, *self.copies(job), pairs,
             dictionary_rate=settings.learning_rate if tuned else 0.0, strength_rate=settings.strength_rate,
-            sparsity=getattr(job, "config", DictionaryConfig()).sparsity or 0.0,
+            sparsity=dictionary.sparsity or 0.0, pair_sparsity=dictionary.pair_sparsity or 0.0,
         )  # fmt: skip
 
     def copies(self, job: Job) -> tuple[SparseTranscoder, SparseTranscoder]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..dictionary import SparseTranscoder
 from ..errors import UserError
+from ..pattern import PatternRule
 from ..training.job import Job
 from ..training.objective import PatternTarget
 from .pair_map import Pairs, rows, with_bias
@@ -56,6 +57,29 @@ def _free_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def masked_scores(
+    mask_NQK: Tensor, acts_q_BTF: Tensor, acts_k_BTF: Tensor, rows_q: Tensor, rows_k: Tensor, rule: PatternRule
+) -> Tensor:
+    """Scores before cap and mask, [B, N, Q, K], where each pair counts as much as the mask [N, Fq, Fk] says.
+
+    Activations carry the bias feature, rows are by head: [Fq, N, H] and [Fk, G, H].
+    """
+    n_heads, n_groups = rows_q.shape[1], rows_k.shape[1]
+    scores = []
+    for head in range(n_heads):
+        left, right = rows_q[:, head], rows_k[:, head * n_groups // n_heads]
+        if rule.rotary is None:
+            y, keys = acts_q_BTF @ (mask_NQK[head] * (left @ right.T)), acts_k_BTF
+        else:
+            width = left.shape[1]
+            y = acts_q_BTF @ (mask_NQK[head][:, :, None] * left[:, None]).flatten(1)
+            y = rule.rotary.rotate(y.unflatten(2, (-1, width))).flatten(2)
+            turned = rule.rotary.rotate(right.expand(1, acts_k_BTF.shape[1], -1, -1))
+            keys = (acts_k_BTF[..., None] * turned).flatten(2)
+        scores.append((y * rule.scaling) @ keys.transpose(1, 2))
+    return torch.stack(scores, 1)
 
 
 class MaskJob(Job):
@@ -104,24 +128,16 @@ class MaskJob(Job):
         return kl + self.sparsity * (self.mask.abs() + EPSILON).sqrt().sum(), log
 
     def kl_rows(self, target: PatternTarget) -> Tensor:
-        rule = target.rule
         n_groups = target.inputs.k_BTGH.shape[2]
-        acts_q = target.unpack(with_bias(self.query.encode(target.x_nD))[:, self.live_q])
-        acts_k = target.unpack(with_bias(self.key.encode(target.x_nD))[:, self.live_k])
-        rows_q, rows_k = rows(self.query, self.n_heads)[self.live_q], rows(self.key, n_groups)[self.live_k]
-        scores = []
-        for head in range(self.n_heads):
-            left, right = rows_q[:, head], rows_k[:, head * n_groups // self.n_heads]
-            if rule.rotary is None:
-                y, keys = acts_q @ (self.mask[head] * (left @ right.T)), acts_k
-            else:
-                width = left.shape[1]
-                y = acts_q @ (self.mask[head][:, :, None] * left[:, None]).flatten(1)
-                y = rule.rotary.rotate(y.unflatten(2, (-1, width))).flatten(2)
-                turned = rule.rotary.rotate(right.expand(1, acts_k.shape[1], -1, -1))
-                keys = (acts_k[..., None] * turned).flatten(2)
-            scores.append((y * rule.scaling) @ keys.transpose(1, 2))
-        return target.kl_rows(rule.cap(torch.stack(scores, 1)))
+        scores = masked_scores(
+            self.mask,
+            target.unpack(with_bias(self.query.encode(target.x_nD))[:, self.live_q]),
+            target.unpack(with_bias(self.key.encode(target.x_nD))[:, self.live_k]),
+            rows(self.query, self.n_heads)[self.live_q],
+            rows(self.key, n_groups)[self.live_k],
+            target.rule,
+        )
+        return target.kl_rows(target.rule.cap(scores))
 
     @torch.no_grad()
     def kept(self) -> tuple[Pairs, Tensor]:

@@ -22,6 +22,7 @@ class Job(nn.Module):
         super().__init__()
         self.layer, self.variant = layer, variant
         self.query, self.key = query, key
+        self.done = 0.0  # share of the training that came before the step at hand
 
     @property
     def name(self) -> str:
@@ -36,8 +37,14 @@ class Job(nn.Module):
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on one batch, and what to log of it."""
 
+    @property
+    def draw(self) -> int:
+        """A seed for what the step at hand draws; it follows from `done`, so that a resumed run draws the same."""
+        return int(self.done * 2**52)
+
     def before_step(self, done: float) -> None:
         """What precedes a step, after this share of the training; all that it sets follows from `done`."""
+        self.done = done
 
     def after_step(self) -> None:
         """What follows the optimiser's step."""

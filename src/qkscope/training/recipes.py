@@ -14,6 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "seed": {
         "activation": "relu",
         "sparsity": 0.03,
+        "pair_sparsity": 0.0,
         "start": "kaiming",
         "norm": "decoder",
         "aux": 0.0,
@@ -23,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "activation": "batchtopk",
         "sparsity": 0.0,
+        "pair_sparsity": 0.0,
         "start": "projection",
         "norm": "score",
         "aux": 1 / 32,

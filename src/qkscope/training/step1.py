@@ -11,6 +11,7 @@ from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
 from .job import Job
 from .objective import PatternTarget, revival_loss, sparsity_loss
+from .pair_penalty import pair_penalty
 
 # Dead features that share in the auxiliary reconstruction of a token, a unit of k. Where many share, none of them
 # learns to stand for one thing: on planted layers (k 0.5) 64 a token left a quarter of the true features unfound.
@@ -40,6 +41,7 @@ class Step1Job(Job):
 
     def before_step(self, done: float) -> None:
         """Let more features be active at first, `anneal` times k, and fall to k in equal ratios."""
+        super().before_step(done)
         for side, k in (("query", self.config.k), ("key", self.config.key_k)):
             transcoder = self.side(side)
             if transcoder.activation not in ("batchtopk", "topk"):
@@ -52,12 +54,14 @@ class Step1Job(Job):
         extra = target.x_nD.new_zeros(())
         log: dict[str, Tensor] = {}
         out: dict[str, Tensor] = {}
+        fired: dict[str, Tensor] = {}
         for side, true in (("query", target.q_nM), ("key", target.k_nM)):
             with autocast:
                 transcoder = self.side(side)
                 pre = transcoder.pre(target.x_nD)
                 acts = transcoder.activate(pre)
                 out[side] = transcoder.decode(acts)
+            fired[side] = acts
             dead = self._note(side, acts.detach())
             extra = extra + sparsity_loss(transcoder, pre, acts, self.config.sparsity or 0.0)
             if self.config.aux and bool(dead.any()):
@@ -69,6 +73,10 @@ class Step1Job(Job):
                 )
             log[f"l0_{side}"] = (acts.detach() > 0).sum(-1).float().mean()
             log[f"dead_{side}"] = dead.float().mean()
+        if self.config.pair_sparsity:
+            penalty = pair_penalty(target, self.query, self.key, fired["query"], fired["key"], self.draw)
+            extra = extra + self.config.pair_sparsity * penalty
+            log["pair_penalty"] = penalty.detach()
         both, query_only, key_only = target.kl_of(out["query"], out["key"])
         loss = 3 * both + query_only + key_only + extra
         log["pattern_kl"] = both.detach()

@@ -1,0 +1,90 @@
+"""The pair penalty: what makes features arrange themselves, from the first step on, to need few pairs.
+
+    penalty = 1/N · Σ_{a,b,h} scale · |M[a,b,h]| · rms(a_q) · sd(a_k)
+
+is how far each pair moves the scores it takes part in, summed over the pairs of a head: a pair's importance is half the
+square of that. The L0 of a dictionary says how many features are active; only this says how many of their pairs matter,
+and two dictionaries of the same L0 and nearly the same KL differ in it several times over.
+
+With a rotary embedding M depends on the distance. Each step takes it at one (query, key) a head, the key drawn from the
+head's attention: on average that is the mean of |M(i-j)| over where the head looks. The biases' rows are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dictionary import SparseTranscoder
+from ..kernels.product_norm import product_norm, smooth_abs
+from ..rotary import swap
+from .objective import PatternTarget
+
+TINY = 1e-8  # under a root, where a feature fires on a single token
+
+
+Triples = tuple[Tensor, Tensor, Tensor]  # query features, key features and heads of some pairs, int64 [P] each
+
+
+def pair_penalty(
+    target: PatternTarget,
+    query: SparseTranscoder,
+    key: SparseTranscoder,
+    acts_q_nF: Tensor,
+    acts_k_nF: Tensor,
+    draw: int,
+    free: Triples | None = None,
+) -> Tensor:
+    """How far a head's pairs move its scores, in all; features that are not active on the batch move none.
+
+    `draw` seeds the distances that a rotary embedding is taken at; `free` pairs cost nothing.
+    """
+    n_heads, n_groups = target.inputs.q_BTNH.shape[2], target.inputs.k_BTGH.shape[2]
+    on_q, on_k = ((acts > 0).any(0).nonzero()[:, 0] for acts in (acts_q_nF, acts_k_nF))
+    size_q = (acts_q_nF[:, on_q].float().square().mean(0) + TINY).sqrt()
+    size_k = (acts_k_nF[:, on_k].float().var(0, correction=0) + TINY).sqrt()
+    left_FNH = (query.W_dec[on_q] * size_q[:, None]).unflatten(1, (n_heads, -1)) * target.rule.scaling
+    right_FGH = (key.W_dec[on_k] * size_k[:, None]).unflatten(1, (n_groups, -1))
+    right_FNH = right_FGH.repeat_interleave(n_heads // n_groups, 1)
+    if target.rule.rotary is not None:
+        left_FNH, right_FNH = _turned(target, left_FNH, right_FNH, draw)
+    total = product_norm(left_FNH.transpose(0, 1), right_FNH.transpose(0, 1))
+    if free is not None:
+        place_q, place_k = _places(on_q, query.width + 1), _places(on_k, key.width + 1)
+        both = (place_q[free[0]] >= 0) & (place_k[free[1]] >= 0)
+        a, b, head = place_q[free[0][both]], place_k[free[1][both]], free[2][both]
+        total = total - smooth_abs(torch.linalg.vecdot(left_FNH[a, head], right_FNH[b, head])).sum()
+    return total / n_heads
+
+
+def _places(index: Tensor, width: int) -> Tensor:
+    """Where each of `width` features stands in the index; -1 for those (the bias among them) that do not."""
+    places = torch.full((width,), -1, device=index.device)
+    places[index] = torch.arange(len(index), device=index.device)
+    return places
+
+
+def _turned(target: PatternTarget, left_FNH: Tensor, right_FNH: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    """Rows as they meet at one (query, key) of each head."""
+    rotary = target.rule.rotary
+    assert rotary is not None
+    b_N, i_N, j_N = drawn_places(target, draw)
+    table_N = b_N if len(rotary.cos_BTH) > 1 else torch.zeros_like(b_N)
+    turned = []
+    for rows_FNH, place_N in ((left_FNH, i_N), (right_FNH, j_N)):
+        cos, sin = rotary.cos_BTH[table_N, place_N], rotary.sin_BTH[table_N, place_N]
+        turned.append(rows_FNH * cos + swap(rows_FNH, rotary.partner_H) * sin)
+    return turned[0], turned[1]
+
+
+def drawn_places(target: PatternTarget, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each head a sequence, one of its queries, and a key in proportion to the head's attention, int64 [N] each."""
+    generator = torch.Generator().manual_seed(draw)
+    n_heads, length = target.inputs.q_BTNH.shape[2], target.real_BT.shape[1]
+    places = target.real_BT.nonzero()
+    chosen = places[torch.randint(len(places), (n_heads,), generator=generator).to(places.device)]
+    b_N, i_N = chosen.unbind(1)
+    heads = torch.arange(n_heads, device=places.device)
+    attention_NK = target.pattern_BNQK[b_N, heads, i_N, :length].cpu() + 1e-12  # a sink may have taken all of it
+    j_N = torch.multinomial(attention_NK, 1, generator=generator)[:, 0].to(places.device)
+    return b_N, i_N, j_N
