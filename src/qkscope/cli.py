@@ -25,6 +25,7 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
   run        decompose layers of a model: harvest, both training steps, evaluation, report
   evaluate   measure a finished run again and write its report anew
   bench      planted: every method on layers whose features and pairs are known
+             quality: beside the published recipe, on layers of real models
 
 qkscope COMMAND --help lists a command's options.
 """
@@ -61,7 +62,24 @@ class PlantedCommand(Config):
     """Worlds at a time, with one thread each; figures do not depend on it."""
 
 
-BENCHMARKS = ("planted",)
+class QualityCommand(Config):
+    """A decomposition's quality beside the published recipe's, on layers of real models, in one table."""
+
+    size: Literal["small", "medium"] = "small"
+    """How wide the dictionaries are, and how long the training."""
+    models: tuple[str, ...] = ("stories-gpt2", "stories-llama")
+    """Embedded models, or MODEL=TEXT: a model's folder or name, and a .txt, .jsonl or .parquet file."""
+    layers: tuple[int, ...] = ()
+    """Layers of each model; empty: its last three."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of starts and of the order of the text."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too, after each layer; what it already holds is not run again."""
+    processes: int = Field(default=2, ge=1)
+    """Layers at a time, with one thread each; figures do not depend on it."""
+
+
+BENCHMARKS = ("planted", "quality")
 RENAMED = {"--json-file": "--json"}  # pydantic has a method of that name
 
 
@@ -120,9 +138,15 @@ def _bench(argv: list[str]) -> None:
     if argv[0] not in BENCHMARKS:
         print(f"usage: qkscope bench {{{','.join(BENCHMARKS)}}} [OPTIONS]")
         return
-    chosen = _parse(PlantedCommand, argv[1:], "qkscope bench planted", {})
+    if argv[0] == "quality":
+        from .evaluate.quality.report import bench_quality
+
+        chosen = _parse(QualityCommand, argv[1:], "qkscope bench quality", {})
+        bench_quality(chosen.size, chosen.models, chosen.layers, chosen.seeds, chosen.json_file, chosen.processes)
+        return
     from .evaluate.planted.report import bench_planted
 
+    chosen = _parse(PlantedCommand, argv[1:], "qkscope bench planted", {})
     bench_planted(chosen.size, chosen.seeds, chosen.json_file, chosen.processes)
 
 

@@ -151,6 +151,9 @@ class PairsConfig(Config):
     """tune: Adam's peak rate for the dictionaries."""
     strength_rate: float = Field(default=1e-2, gt=0)
     """refit and tune: Adam's peak rate for the kept strengths, relative to each weight's own size."""
+    dropped_sparsity: float = Field(default=1e-3, ge=0)
+    """tune: weight of the pair penalty (see dictionary.pair-sparsity) on the pairs that are not kept, so that the
+    dictionaries say of them what the map does: nothing."""
     mask_sparsity: float = Field(default=1e-6, ge=0)
     """mask: weight of the root penalty on the mask, a sum over its entries."""
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,3 +119,18 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:120]})") from None
+
+
+def unwritable(path: Path) -> str:
+    """Why a file cannot be written there; empty where it can."""
+    if path.is_dir():
+        return "is a folder"
+    if path.exists() and not path.is_file():
+        return "is no plain file"
+    if not path.parent.is_dir():
+        return f"{path.parent} does not exist"
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        return str(error.strerror)
+    return ""

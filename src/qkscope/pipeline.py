@@ -284,7 +284,7 @@ class _Runner:
         return MapJob(
             job.layer, job.variant, job.query, job.key, pairs,
             dictionary_rate=rate, strength_rate=settings.strength_rate,
-            sparsity=dictionary.sparsity or 0.0, pair_sparsity=dictionary.pair_sparsity or 0.0,
+            sparsity=dictionary.sparsity or 0.0, dropped_sparsity=settings.dropped_sparsity,
         )  # fmt: skip
 
     def _warn_of_masks(self, jobs: Sequence[Step1Job]) -> None:

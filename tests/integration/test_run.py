@@ -145,7 +145,8 @@ def test_run(run: Callable[..., Path], model: str, method: str) -> None:
         require_artefact(out, layer, model)
         assert (out / f"layer_{layer}" / "step1.safetensors").exists() == (method == "tune")
     assert (out / "report.html").read_text().lower().startswith("<!doctype html>")
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "layer_0", "layer_1", "report.html", ".lock"}
+    of_run = {"config.yaml", "layer_0", "layer_1", "report.html", ".lock"}
+    assert {p.name for p in out.iterdir()} == (of_run if model in BIDIRECTIONAL else of_run | {"together.json"})
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,11 @@ def test_layers_together_are_as_layers_apart(run: Callable[..., Path]) -> None:
     both = run(name="both")
     require_equal(both / "layer_0", run({"layers": 0}, name="only0") / "layer_0")
     one = (run({"layers": 1}, name="only1") / "layer_1", both / "layer_1")
+    together = read_json(both / "together.json")
+    assert together["layers"] == [0, 1] and together["tokens"] > 0
+    assert set(together["ce_increase"]) == {"transcoders", "map_pruned", "zero", "uniform"}
+    assert "All layers at once" in (both / "report.html").read_text()
+    assert not (both.parent / "only0" / "together.json").exists()
     found = [read_json(folder / "report.json")["pattern_kl"]["transcoders"]["mean"] for folder in one]
     assert found[0] == pytest.approx(found[1], rel=0.01)
 

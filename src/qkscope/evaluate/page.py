@@ -7,6 +7,7 @@ unknown origin: everything goes through `charts.text`, which escapes it and make
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def write_page(folder: Path) -> Path:
     body = [f"<header><h1>{text(title)}</h1><nav>{links}</nav></header>"]
     if len(found) > 1 or len(runs) > 1:
         body.append(_summary(folder, found))
+    body.append(_together(folder))
     body += [layer_section(layer) for layer in own]
     body += [] if found else ["<p>There is no layer in this folder yet.</p>"]
     source = text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -102,6 +104,22 @@ def _summary(folder: Path, found: list[tuple[Path, Layer]]) -> str:
         rows.append([name, at, *sides, number(layer.figure("pairs", "kept")), *values, increase])
     note = "Held-out text. KL in nats a query row; CE increase in nats a token, under the pruned map's pattern."
     return f'<section><h2>Summary</h2>{_table(head, rows)}<p class="note">{note}</p></section>'
+
+
+def _together(folder: Path) -> str:
+    """What the model loses with the patterns of all of a run's layers replaced at once."""
+    found = read(folder / "together.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    if not found:
+        return ""
+    rows = [
+        [text(NAMES[name]), _value(found["ce_increase"][name]), _value(found["logit_kl"][name])]
+        for name in found["ce_increase"]
+    ]
+    head = ["pattern", "CE increase, nats a token", "KL of the model's output"]
+    numbers = ", ".join(map(str, found["layers"]))
+    note = (f"The patterns of layers {numbers} replaced together, values kept, on {number(found['tokens'])} held-out "
+            "tokens: each layer reads what the patched layers below it left.")  # fmt: skip
+    return f'<section><h2>All layers at once</h2>{_table(head, rows)}<p class="note">{note}</p></section>'
 
 
 def layer_section(layer: Layer) -> str:

@@ -1,7 +1,9 @@
-"""The model's own loss with one layer's pattern replaced: cross-entropy, and KL(true logits ‖ patched logits)."""
+"""The model's own loss with the patterns of layers replaced: cross-entropy, and KL(true logits ‖ patched logits)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +25,23 @@ class PatchedScore:
     ce: dict[str, Ratio] = field(default_factory=dict)
     kl: dict[str, Ratio] = field(default_factory=dict)
 
-    @torch.no_grad()
     def add(self, site: AttentionSite, batch: Batch, variants: dict[str, PatternSource]) -> None:
-        """Run the model plainly and once for each variant on one batch."""
+        """Run the model plainly and once for each variant of one layer's pattern on one batch."""
+        self.add_together([site], batch, {name: [source] for name, source in variants.items()})
+
+    @torch.no_grad()
+    def add_together(
+        self, sites: Sequence[AttentionSite], batch: Batch, variants: dict[str, Sequence[PatternSource]]
+    ) -> None:
+        """The same for several layers of one model at once: a variant has a source for each of them."""
         counted = batch.real_BT[:, 1:]
-        plain = log_probabilities(site, batch)
+        plain = log_probabilities(sites[0], batch)
         self._note(self.ce, "model", _next_token_loss(plain, batch), counted)
-        for name, source in variants.items():
-            with site.replace_pattern(source):
-                patched = log_probabilities(site, batch)
+        for name, sources in variants.items():
+            with ExitStack() as stack:
+                for site, source in zip(sites, sources, strict=True):
+                    stack.enter_context(site.replace_pattern(source))
+                patched = log_probabilities(sites[0], batch)
             self._note(self.ce, name, _next_token_loss(patched, batch), counted)
             kl = (exp(plain) * (plain - patched)).sum(-1)
             self._note(self.kl, name, kl, batch.real_BT)
@@ -54,6 +64,7 @@ class PatchedScore:
                 recovered[name] = {
                     ablation: {"ce": self._recovered_ce(name, ablation), "logit_kl": self._recovered_kl(name, ablation)}
                     for ablation in ABLATIONS
+                    if ablation in self.kl
                 }
         return {**out, "recovered": recovered}
 

@@ -80,6 +80,10 @@ def uniform_log_pattern(inputs: AttentionInputs) -> Tensor:
     return scores.log_softmax(-1)
 
 
+def uniform_pattern(inputs: AttentionInputs) -> Tensor:
+    return exp(uniform_log_pattern(inputs))
+
+
 class MeanPattern:
     """The position-wise mean of the true pattern over training text: what a head does whatever the tokens say."""
 
@@ -103,7 +107,7 @@ class MeanPattern:
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         """The mean pattern for this batch, [B, N, Q, K]; uniform at positions that the sample never reached."""
         t = inputs.x_BTD.shape[1]
-        out = exp(uniform_log_pattern(inputs))
+        out = uniform_pattern(inputs)
         reach = min(t, len(self.known))
         known = self.known[:reach]
         mean = self.mean_NQK[:, :reach, :reach]

@@ -13,13 +13,12 @@ from ..attention import AttentionInputs, AttentionSite, PatternSource
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
 from ..explain.examples import Examples
-from ..kernels.row_kl import exp
 from ..pairs.pair_map import Pairs, pair_scores, rows, with_bias
 from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
 from .patched import PatchedScore, zero_pattern
-from .patterns import MeanPattern, PatternScore, uniform_log_pattern
+from .patterns import MeanPattern, PatternScore, uniform_log_pattern, uniform_pattern
 
 DENSE = 0.1  # a feature that fires on more than this share of tokens is dense
 HISTOGRAM_EDGES = [-6 + 0.25 * i for i in range(25)]  # log10 of the share of tokens a feature fires on
@@ -126,7 +125,7 @@ def measure(
                 "transcoders": dec.pattern_source("all"),
                 "map_pruned": dec.pattern_source("kept"),
                 "zero": zero_pattern,
-                "uniform": lambda inputs: exp(uniform_log_pattern(inputs)),
+                "uniform": uniform_pattern,
                 "mean": mean,
             }
             if step1 is not None:

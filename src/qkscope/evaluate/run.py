@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..attention import AttentionInputs, AttentionSite, harvest, open_sites
-from ..config import build
+from ..config import RunConfig, build
 from ..data import Batch, Sequences
 from ..data.documents import EMBEDDED, Split
 from ..decomposition import Decomposition, load_transcoders, read_run
@@ -21,12 +21,15 @@ from ..explain.examples import Examples, token_texts
 from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
 from ..models import load_model
+from ..pattern import PatternSource
 from ..progress import Reporter
 from ..run_folder import claimed, layer_folder, require_finished, variants
 from ..training.stream import harvest_finite
 from .heads import head_roles
 from .labels import StoryLabels
 from .page import write_page
+from .patched import PatchedScore, zero_pattern
+from .patterns import uniform_pattern
 from .report import measure, sample_l0
 from .truth import truth_scores
 
@@ -62,16 +65,27 @@ def evaluate_run(
 ) -> None:
     """Measure each layer of each variant that has no report yet (`again`: all), then write the pages."""
     for name, folder in folders.items():
+        together = folder / "together.json"
         for site in sites:
             target = layer_folder(folder, site.layer)
             if again or not (target / "report.json").exists():
                 title = f"{name} layer {site.layer}".strip()
                 reporter.message(f"evaluating {title} on held-out text")
+                together.unlink(missing_ok=True)  # it was of another decomposition of this layer
                 _evaluate_layer(target, site, notes or {}, again)
+        if len(sites) > 1 and sites[0].has_head and not together.exists():
+            _evaluate_together(together, folder, sites)
         write_page(folder)
     parent = next(iter(folders.values())).parent
     if "" not in folders:
         write_page(parent)
+
+
+def _text(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
+    return Sequences(
+        config.data, site.tokenizer, split,
+        batch_tokens=config.training.batch_tokens, seed=config.training.seed, repeat=False, max_tokens=tokens,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -81,10 +95,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
     config = dec.config
 
     def text(split: Split, tokens: int) -> Sequences:
-        return Sequences(
-            config.data, site.tokenizer, split,
-            batch_tokens=config.training.batch_tokens, seed=config.training.seed, repeat=False, max_tokens=tokens,
-        )  # fmt: skip
+        return _text(site, config, split, tokens)
 
     began = time.monotonic()
     sample = [harvest_finite(site, batch.to(device)) for batch in text("train", SAMPLE_TOKENS)]
@@ -116,6 +127,24 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
     first = next(iter(text("heldout", 1))).to(device)
     write_json(target / "patterns.json", _shown_patterns(dec, site, first))
     write_json(target / "report.json", report)
+
+
+@torch.no_grad()
+def _evaluate_together(target: Path, folder: Path, sites: Sequence[AttentionSite]) -> None:
+    """What the model loses with the patterns of all layers of a run replaced at once."""
+    device = next(sites[0].model.parameters()).device
+    decs = [Decomposition.load(layer_folder(folder, site.layer)).to(device) for site in sites]
+    config, score, tokens = decs[0].config, PatchedScore(), 0
+    variants: dict[str, Sequence[PatternSource]] = {
+        "transcoders": [dec.pattern_source("all") for dec in decs],
+        "map_pruned": [dec.pattern_source("kept") for dec in decs],
+        "zero": [zero_pattern] * len(sites),
+        "uniform": [uniform_pattern] * len(sites),
+    }
+    for batch in _text(sites[0], config, "heldout", config.evaluation.tokens):
+        score.add_together(sites, batch.to(device), variants)
+        tokens += batch.n_tokens
+    write_json(target, {"layers": [s.layer for s in sites], "tokens": tokens, **score.report()})
 
 
 def _tokens(batches: list[Batch]) -> int:

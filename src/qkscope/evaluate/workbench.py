@@ -42,8 +42,10 @@ class Workbench:
         sample: Sequence[AttentionInputs],
         stream: Callable[[], Stream],
         config: TrainingConfig,
+        pairs_config: PairsConfig | None = None,
     ) -> None:
         self.layer, self.shape, self.sample, self.stream, self.config = layer, shape, list(sample), stream, config
+        self.pairs_config = pairs_config or PairsConfig()
         self.statistics = side_statistics(self.sample)
         self.x_nD = torch.cat([inputs.x_BTD[inputs.real_BT].float() for inputs in self.sample])
 
@@ -69,11 +71,11 @@ class Workbench:
 
     def map_job(self, name: str, job: Job, pairs: Pairs, *, tuned: bool = False) -> MapJob:
         """A sparse map on its own copy of a job's dictionaries; `tuned`: they are trained with it."""
-        settings, dictionary = PairsConfig(), getattr(job, "config", DictionaryConfig())
+        settings, dictionary = self.pairs_config, getattr(job, "config", DictionaryConfig())
         return MapJob(
             self.layer, name, *self.copies(job), pairs,
             dictionary_rate=settings.learning_rate if tuned else 0.0, strength_rate=settings.strength_rate,
-            sparsity=dictionary.sparsity or 0.0, pair_sparsity=dictionary.pair_sparsity or 0.0,
+            sparsity=dictionary.sparsity or 0.0, dropped_sparsity=settings.dropped_sparsity,
         )  # fmt: skip
 
     def copies(self, job: Job) -> tuple[SparseTranscoder, SparseTranscoder]:
@@ -108,11 +110,12 @@ class Workbench:
         tokens: int,
         methods: Collection[str] = ("importance", "refit", "tune"),
         mask_sparsity: Sequence[float] = (),
+        mask_tokens: int | None = None,
     ) -> Iterator[Pruned]:
         """Every way to prune one pair of dictionaries to each count; fewer pairs where there are no more.
 
-        Every training sees `tokens`, mask + refit twice that, and tune at a count before its last one less. A map that
-        tune hands over goes on being trained afterwards: judge it at once.
+        Every training sees `tokens` (the mask `mask_tokens`, where given), mask + refit twice that, and tune at a count
+        before its last one less. A map that tune hands over goes on being trained afterwards: judge it at once.
         """
         ordered = sorted(counts, reverse=True)
         began = time.process_time()
@@ -136,27 +139,27 @@ class Workbench:
                 if number:
                     yield "prune and tune", count, tuned, spent
         for sparsity in mask_sparsity:
-            yield from self._masked(job, ordered, tokens, sparsity)
+            yield from self._masked(job, ordered, mask_tokens or tokens, sparsity, "refit" in methods)
 
-    def _masked(self, job: Job, counts: list[int], tokens: int, sparsity: float) -> Iterator[Pruned]:
-        """The published step 2, cut to each count by importance, and a refit of what that leaves."""
+    def _masked(self, job: Job, counts: list[int], tokens: int, sparsity: float, refit: bool) -> Iterator[Pruned]:
+        """The published step 2, as it is and cut to each count by importance, and a refit of what each cut leaves."""
         live = firing_features(self.sample, job.query, job.key)
         query, key = self.copies(job)
         mask = MaskJob(self.layer, "mask", query, key, live, self.shape.N, sparsity=sparsity, rate=1e-2)
         took = self.fit([mask], tokens)
         pairs, values = mask.kept()
         worth = pair_importance(pairs, self.sample, query, key) * values.square()
-        refits = []
-        for count in counts:
+        made: dict[int, MapJob] = {}
+        for count in dict.fromkeys([len(pairs), *counts]):
             index = top(worth, count)
-            made = self.map_job(f"mask{count}", job, pairs.take(index))
+            made[count] = self.map_job(f"mask{count}", job, pairs.take(index))
             with torch.no_grad():
-                made.factor_P.copy_(values[index])
-            yield f"mask λ={sparsity:g} (left {len(pairs):,})", count, made, took
-            refits.append(made)
-        spent = took + self.fit(refits, tokens) / len(refits)
-        for count, made in zip(counts, refits, strict=True):
-            yield f"mask λ={sparsity:g} + refit", count, made, spent
+                made[count].factor_P.copy_(values[index])
+            yield f"mask λ={sparsity:g} (left {len(pairs):,})", count, made[count], took
+        if refit:
+            spent = took + self.fit([made[count] for count in counts], tokens) / len(counts)
+            for count in counts:
+                yield f"mask λ={sparsity:g} + refit", count, made[count], spent
 
 
 def copy_of(transcoder: SparseTranscoder, metric_NHH: Tensor) -> SparseTranscoder:

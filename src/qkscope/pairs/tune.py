@@ -5,8 +5,8 @@ themselves to need few pairs; between its stages the map is pruned by importance
 factor times what its decoder rows give, so Adam's steps are relative to each pair's own size.
 
 Nothing in the KL through the map says what a dropped pair's decoder rows give, and they drift until the dictionaries
-reproduce the pattern through the kept pairs alone. Where step 1 had the pair penalty, tune has it on the dropped pairs:
-what is left out is then kept small, not merely left out.
+reproduce the pattern through the kept pairs alone (on one layer the KL of q̂k̂ went from 0.10 to 0.73 nats while that of
+the map stood at 0.21). So tune has the pair penalty on the dropped pairs: they are made small, not merely left out.
 
 A feature that no kept pair names has no say in any score: tune drops it with its last pair, so that the active features
 a token may have are spent on those that matter. (Left in, a third to a half of them died.)
@@ -43,12 +43,12 @@ class MapJob(Job):
         dictionary_rate: float,
         strength_rate: float,
         sparsity: float = 0.0,
-        pair_sparsity: float = 0.0,
+        dropped_sparsity: float = 0.0,
     ) -> None:
         super().__init__(layer, variant, query, key)
         self.n_heads = pairs.n_heads
         self.dictionary_rate, self.strength_rate = dictionary_rate, strength_rate
-        self.sparsity, self.pair_sparsity = sparsity, pair_sparsity  # step 1's
+        self.sparsity, self.dropped_sparsity = sparsity, dropped_sparsity
         # ReLU dictionaries: L0 of the first batch, which the penalty keeps them at. Without it they grow dense to lower
         # the KL; with all of it they go on growing sparse, L0 14.8 to 7.9 in a short tune at more KL than without tune.
         self.register_buffer("l0_query", torch.zeros(()))
@@ -111,10 +111,10 @@ class MapJob(Job):
             acts[name] = side.activate(pre)
             if self.dictionary_rate > 0 and self._too_dense(name, acts[name]):
                 sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
-        if self.dictionary_rate > 0 and self.pair_sparsity:
+        if self.dictionary_rate > 0 and self.dropped_sparsity:
             kept = (self.query_P, self.key_P, self.head_P)
             penalty = pair_penalty(target, self.query, self.key, acts["query"], acts["key"], self.draw, free=kept)
-            sparsity = sparsity + self.pair_sparsity * penalty
+            sparsity = sparsity + self.dropped_sparsity * penalty
         scores = pair_scores(
             self.pairs,
             self.strengths(target.rule),

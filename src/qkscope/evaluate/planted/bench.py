@@ -170,6 +170,8 @@ def _pruned(
     bench: PlantedBench, name: str, job: Job, methods: Sequence[str], masks: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     for method, count, made, seconds in bench.prune(job, bench.counts, bench.size.pair_tokens, methods, masks):
+        if count not in bench.counts:
+            continue  # the whole of what a mask left
         multiple = count // len(bench.world.pairs)
         row = {"dictionary": name, "seconds": seconds, "multiple": multiple}
         plain = f"mask{' + refit' * method.endswith('refit')}" if method.startswith("mask") else method

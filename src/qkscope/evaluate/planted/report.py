@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files import write_json
+from ...files import unwritable, write_json
 from .bench import JUDGED, MULTIPLES, run_planted
 from .sizes import SIZES
 
@@ -22,7 +21,7 @@ def bench_planted(size: str, seeds: Sequence[int], path: Path | None, processes:
         raise UserError(f"--size {size}: choose {', '.join(SIZES)}")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: give different numbers from 0 on, e.g. --seeds 3 4 5")
-    if path is not None and (wrong := _unwritable(path)):
+    if path is not None and (wrong := unwritable(path)):
         raise UserError(f"--json {path}: {wrong}; name a file")
     found: dict[str, Any] = {}
     for found in run_planted(SIZES[size], seeds, processes):
@@ -32,21 +31,6 @@ def bench_planted(size: str, seeds: Sequence[int], path: Path | None, processes:
         print(f"planted: {len(found['worlds'])} worlds done, {found['worlds_left']} left", file=sys.stderr)
     print("\n".join(lines(found)))
     return found
-
-
-def _unwritable(path: Path) -> str:
-    """Why a file cannot be written there; empty where it can."""
-    if path.is_dir():
-        return "is a folder"
-    if path.exists() and not path.is_file():
-        return "is no plain file"
-    if not path.parent.is_dir():
-        return f"{path.parent} does not exist"
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        return str(error.strerror)
-    return ""
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:

@@ -1,0 +1,60 @@
+"""The model's loss with the patterns of one layer or several replaced, against a forward pass written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from layers import close
+from tiny import VOCABULARY, tiny_model
+
+from qkscope.attention import AttentionSite
+from qkscope.data.sequences import Batch
+from qkscope.evaluate.patched import PatchedScore, zero_pattern
+from qkscope.evaluate.patterns import uniform_pattern
+from qkscope.kernels.row_kl import exp
+
+
+def some_batch() -> Batch:
+    tokens = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 8:] = False
+    return Batch(tokens, real, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_layers_are_replaced_together(name: str) -> None:
+    model: Any = tiny_model(name)
+    sites = [AttentionSite(model, None, layer=layer) for layer in (0, 1)]
+    batch = some_batch()
+    score = PatchedScore()
+    score.add_together(
+        sites,
+        batch,
+        {
+            "own": [lambda inputs: exp(inputs.log_pattern_BNQK)] * 2,
+            "zero": [zero_pattern] * 2,
+            "uniform": [uniform_pattern, zero_pattern],
+        },
+    )
+    found = score.report()
+    counted = batch.real_BT[:, 1:]
+
+    def loss() -> torch.Tensor:
+        with torch.no_grad():
+            logits = sites[0]._forward(batch.tokens_BT, batch.real_BT).logits.double()
+        nats = -logits.log_softmax(-1)[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
+        return nats[counted].mean()
+
+    plain = loss()
+    close(torch.tensor(found["ce"]["model"]["mean"]), plain)
+    close(torch.tensor(found["ce_increase"]["own"]["mean"]), torch.zeros(()), floor=float(plain))
+    with sites[0].replace_pattern(uniform_pattern), sites[1].replace_pattern(zero_pattern):
+        close(torch.tensor(found["ce"]["uniform"]["mean"]), loss())
+    alone = PatchedScore()
+    alone.add(sites[1], batch, {"zero": zero_pattern})
+    assert abs(alone.report()["ce"]["zero"]["mean"] - found["ce"]["zero"]["mean"]) > 1e-3
+    assert found["logit_kl"]["zero"]["mean"] > 0.01
+    assert set(found["recovered"]["own"]) == {"zero", "uniform"}
+    close(torch.tensor(found["recovered"]["own"]["zero"]["logit_kl"]["mean"]), torch.ones(()), 1e-3)

@@ -1,0 +1,133 @@
+"""The scoreboard: its arithmetic, what it refuses, and a whole small run of it that goes on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkscope import cli
+from qkscope.errors import UserError
+from qkscope.evaluate.quality import report
+from qkscope.evaluate.quality.bench import FEW, Size
+from qkscope.evaluate.quality.report import bench_quality, least, scoreboard, scores_of
+
+TINY = Size(
+    width=24, sparsity=0.03, tokens=2048, heldout_tokens=1024, counts=(60, 30), mask_sparsity=1e-6, mask_tokens=512,
+    pair_sparsity=0.03, adversary_count=60, adversary_tokens=128, adversary_steps=3, batch_tokens=512,
+    sample_tokens=512, context=64,
+)  # fmt: skip
+
+
+def test_the_least_cost_lies_between_the_points_around_it() -> None:
+    curve = [(100.0, 0.4), (400.0, 0.1), (1600.0, 0.05)]
+    assert least(curve, 0.2) == pytest.approx(200.0)  # half way in both logarithms
+    assert least(curve, 0.1) == pytest.approx(400.0)
+    assert least(curve, 0.5) == 100.0  # cheaper than the cheapest was not tried
+    assert least(curve, 0.01) is None
+    assert least(list(reversed(curve)), 0.2) == pytest.approx(200.0)
+
+
+def figure(value: float) -> dict[str, Any]:
+    return {"mean": value, "ci95": [value - 0.01, value + 0.01]}
+
+
+def row(dictionary: str, method: str, kl: float, l0: float, pairs: int | None = None, **more: Any) -> dict[str, Any]:
+    sides = {f"{n}_{s}": figure(v) for n, v in (("l0", l0), ("dead", 0.02), ("dense", 0.1)) for s in ("query", "key")}
+    kept = {} if pairs is None else {"pairs": pairs, "asked": pairs}
+    return {
+        "dictionary": dictionary, "method": method, "pattern_kl": figure(kl), "ce_increase": figure(kl / 10),
+        "logit_kl": figure(kl / 5), "seconds": 1.0, **sides, **kept, **more,
+    }  # fmt: skip
+
+
+def layer_of(seed: int = 0, few: float = 0.1) -> dict[str, Any]:
+    played = {"adversary": {"logit_kl": {"adversary": figure(0.7)}}}
+    rows = [
+        row("seed", "all pairs", 0.2, 8.0), row("default", "all pairs", 0.1, 8.0),
+        row("default, half the L0", "all pairs", 0.2, 4.0), row("default, a quarter", "all pairs", 0.4, 2.0),
+        row(FEW, "all pairs", 0.12, 8.0), row("random", "all pairs", 0.9, 8.0), row("svd", "all pairs", 0.6, 8.0),
+        row("seed", "mask", 0.2, 8.0, 10_000), row("seed", "mask", 0.3, 8.0, 4000),
+        row("default", "prune and tune", 0.15, 8.0, 4000, **played), row("default", "prune and tune", 0.3, 8.0, 1000),
+        row(FEW, "prune and tune", few, 8.0, 4000), row(FEW, "prune and tune", 0.2, 8.0, 1000),
+    ]  # fmt: skip
+    return {"model": "m", "layer": 1, "seed": seed, "rows": rows}
+
+
+def test_scores_are_ratios_to_the_baseline() -> None:
+    scores = scores_of(layer_of())
+    assert scores["KL at its L0"] == pytest.approx(0.5)
+    assert scores["L0 at its KL"] == pytest.approx(0.5)
+    assert scores[f"pairs at its mask's KL, {FEW}"] == pytest.approx(0.1)
+    share = scores["pairs at its mask's KL, default"]
+    assert share is not None and 0.1 < share < 0.4
+    assert scores["random over it, default"] == pytest.approx(6.0)
+    assert scores["adversary, default"] == pytest.approx(0.7) and scores.get("adversary, seed") is None
+
+
+def test_the_scoreboard_is_a_median_over_layers_of_means_over_seeds() -> None:
+    layers = [{**layer_of(seed, few), "layer": layer} for layer in (1, 2, 3) for seed, few in ((0, 0.1), (1, 0.3))]
+    table = {score["score"]: score for score in scoreboard(layers)}
+    assert table[f"KL of the largest map, {FEW}"]["median"] == pytest.approx(0.2)
+    assert list(table["KL at its L0"]["by_layer"]) == ["m 1", "m 2", "m 3"]
+    for layer in layers:
+        if layer["layer"] == 3:  # no point of default's reaches the baseline there
+            layer["rows"][0] = row("seed", "all pairs", 0.05, 8.0)
+    missed = {score["score"]: score for score in scoreboard(layers)}["L0 at its KL"]
+    assert missed["by_layer"]["m 3"] is None and missed["median"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--seeds", "1", "1"], "--seeds 1 1"),
+        (["--models", "elsewhere"], "--models elsewhere: name its text too"),
+        (["--layers", "9"], "--layers 9: stories-gpt2 has layers 0 to 3"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json"),
+    ],
+)
+def test_a_slip_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["bench", "quality", *argv])
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Two seeds of one layer; the second call finds the first in the file and runs the other alone."""
+    monkeypatch.setitem(report.SIZES, "small", TINY)
+    ran: list[int] = []
+
+    class Here:  # a pool that runs its tasks in this process, where the small size is known
+        def __init__(self, *args: Any, **options: Any) -> None: ...
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+        def map(self, run: Any, tasks: Any, sizes: Any) -> Any:
+            for task, size in zip(tasks, sizes, strict=True):
+                ran.append(task[3])
+                yield run(task, size)
+
+    monkeypatch.setattr(report, "ProcessPoolExecutor", Here)
+    path = tmp_path / "quality.json"
+    bench_quality("small", ["stories-gpt2"], [1], [0], path, 1)
+    both = bench_quality("small", ["stories-gpt2"], [1], [0, 1], path, 1)
+    assert ran == [0, 1]
+    assert [layer["seed"] for layer in both["layers"]] == [0, 1]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(both))
+    rows = both["layers"][0]["rows"]
+    maps = {(r["dictionary"], r["method"], r.get("asked")): r for r in rows if "pairs" in r}
+    assert {("seed", "mask", 30), ("default", "prune and tune", 60), (FEW, "prune and tune", 30)} <= set(maps)
+    assert all(r["pairs"] <= r["asked"] for r in maps.values())
+    assert maps[FEW, "prune and tune", 60]["adversary"]["logit_kl"]["adversary"]["mean"] > 0
+    for name in ("default", "default, half the L0", "random", "svd"):
+        assert sum(r["dictionary"] == name and r["method"] == "all pairs" for r in rows) == 1
+    printed = capsys.readouterr().out
+    assert "KL at its L0" in printed and "stories-gpt2 layer 1, seed 1" in printed
+    path.write_text(json.dumps({"benchmark": "planted"}))
+    with pytest.raises(UserError, match="something other"):
+        bench_quality("small", ["stories-gpt2"], [1], [0], path, 1)
