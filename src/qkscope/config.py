@@ -165,6 +165,8 @@ class EvaluationConfig(Config):
     """Held-out tokens (fewer where the held-out documents end before)."""
     controls: bool = True
     """Measure the controls too: frozen random dictionaries, shuffled pairs, SVD of the model's own product."""
+    adversary_steps: int = Field(default=160, ge=0)
+    """Steps of the adversary that switches dropped pairs on to hurt the model's output; 0: no adversary."""
     examples: int = Field(default=12, ge=0)
     """Max-activating examples kept a feature."""
 

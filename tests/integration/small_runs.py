@@ -39,6 +39,7 @@ OPTIONS: dict[str, Any] = {
     "pairs.importance-tokens": 300,
     "pairs.validation-tokens": 300,
     "evaluation.tokens": 500,
+    "evaluation.adversary-steps": 2,
 }
 ARTEFACT = ("dictionaries.safetensors", "pairs.parquet", "features.parquet", "examples.parquet")
 

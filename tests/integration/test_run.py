@@ -189,7 +189,8 @@ def test_layers_together_are_as_layers_apart(run: Callable[..., Path]) -> None:
     together = read_json(both / "together.json")
     assert together["layers"] == [0, 1] and together["tokens"] > 0
     assert set(together["ce_increase"]) == {"transcoders", "map_pruned", "zero", "uniform"}
-    assert "All layers at once" in (both / "report.html").read_text()
+    page = (both / "report.html").read_text()
+    assert "All layers at once" in page and "Pairs kept and removed" in page and "An adversary" in page
     assert not (both.parent / "only0" / "together.json").exists()
     found = [read_json(folder / "report.json")["pattern_kl"]["transcoders"]["mean"] for folder in one]
     assert found[0] == pytest.approx(found[1], rel=0.01)

@@ -128,7 +128,7 @@ def layer_section(layer: Layer) -> str:
     figures = [_curve(layer)]
     if layer.report:
         parts += [_facts(layer), _headline(layer)]
-        figures = [_kl_bars(layer), *(_loss_bars(layer, key) for key in LOSSES), _pair_curve(layer),
+        figures = [_kl_bars(layer), *(_loss_bars(layer, key) for key in LOSSES), _pair_curve(layer), _faithful(layer),
                    *(_histogram(layer, side) for side in SIDES), _heads(layer), *figures]  # fmt: skip
     else:
         parts.append("<p>Not measured yet: <code>qkscope evaluate</code> writes its report.json.</p>")
@@ -208,6 +208,34 @@ def _pair_curve(layer: Layer) -> str:
     note = ("Filled: the final map cut to its most important pairs without retraining, on held-out text. Hollow: "
             "training-set figures where a training phase ended.")  # fmt: skip
     return _figure(title, drawing, note, legend([(s.kind, s.name) for s in series if s.points]))
+
+
+def _faithful(layer: Layer) -> str:
+    """Keep-only and remove-only curves, in what the model's output loses where there is one; and the adversary."""
+    curve = layer.figure("faithful", "curve") or []
+    key = next((k for k in ("logit_kl", "pattern_kl") if curve and k in curve[0]["keep"]), "")
+    if not key:
+        return ""
+    kinds = {"keep": ("only the most important", "a"), "remove": ("without the most important", "b"),
+             "keep_random": ("only as many at random", "c")}  # fmt: skip
+    series = [
+        Series(name, kind, [(p["pairs"], p[cut][key]["mean"], charts.bounds(p[cut][key])) for p in curve])
+        for cut, (name, kind) in kinds.items()
+    ]
+    title = "Pairs kept and removed"
+    guides = {NAMES["map_pruned"]: layer.figure(key, "map_pruned", "mean")}
+    words = "KL of the model's output, nats (log)" if key == "logit_kl" else "pattern KL, nats (log)"
+    drawing = charts.plot(series, title, "pairs (log)", words, x_log=True, guides=guides)
+    note = "The kept pairs ranked by importance. A good ranking keeps the first curve low and the other two high."
+    if played := layer.figure("faithful", "adversary", "logit_kl"):
+        steps = number(layer.figure("faithful", "adversary", "steps"))
+        kept, worst, chance, whole = (_short(played[name]) for name in ("kept", "adversary", "random", "all"))
+        note += (
+            f" An adversary that switches dropped pairs on, each up to its full strength, takes the output's KL from "
+            f"{kept} to {worst} in {steps} steps ({chance} at random, {whole} with all of them on; "
+            f"{number(layer.figure('faithful', 'adversary_tokens'))} tokens)."
+        )
+    return _figure(title, drawing, note, legend([(s.kind, s.name) for s in series]))
 
 
 def _histogram(layer: Layer, side: str) -> str:

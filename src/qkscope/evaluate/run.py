@@ -25,6 +25,7 @@ from ..pattern import PatternSource
 from ..progress import Reporter
 from ..run_folder import claimed, layer_folder, require_finished, variants
 from ..training.stream import harvest_finite
+from .faithful import CURVE_TOKENS, faithfulness
 from .heads import head_roles
 from .labels import StoryLabels
 from .page import write_page
@@ -112,6 +113,10 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         "recipe": config.dictionary.recipe,
         "pairs_method": config.pairs.method,
     }
+    first = [b.to(device) for b in text("heldout", min(CURVE_TOKENS, config.evaluation.tokens))]
+    report["faithful"] = faithfulness(
+        dec, site, first, steps=config.evaluation.adversary_steps, seed=config.training.seed
+    )
     if config.data.source == EMBEDDED:
         batches = [b.to(device) for b in text("heldout", min(TRUTH_TOKENS, config.evaluation.tokens))]
         report["truth"], details = _truth(dec, site, sample, batches)
@@ -124,8 +129,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
             seconds = dec.report.get("seconds", {})
     report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
     examples.write(target, site.tokenizer)
-    first = next(iter(text("heldout", 1))).to(device)
-    write_json(target / "patterns.json", _shown_patterns(dec, site, first))
+    write_json(target / "patterns.json", _shown_patterns(dec, site, first[0]))
     write_json(target / "report.json", report)
 
 

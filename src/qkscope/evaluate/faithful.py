@@ -1,0 +1,94 @@
+"""Faithfulness: does the ranking of the pairs say what matters, and can what was dropped do harm?
+
+- *Keep-only*: the kept pairs cut to the most important n, and beside it to n drawn at random.
+- *Remove-only*: the kept pairs without the most important n. Where the ranking is right the loss is large at once;
+  where pairs stand in for each other it is not.
+- The adversary of adversary.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionSite, PatternSource
+from ..data.sequences import Batch
+from ..decomposition import Decomposition
+from ..kernels.row_kl import exp
+from ..pattern import AttentionInputs
+from ..training.stream import harvest_finite
+from .adversary import adversary
+from .patched import PatchedScore
+from .patterns import PatternScore
+
+CUTS = ("keep", "remove", "keep_random")
+SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+CURVE_TOKENS = 8_192  # held-out tokens of the curves, and ...
+ADVERSARY_TOKENS = 1_024  # ... of the adversary, who learns on what it is measured on
+
+
+def faithfulness(
+    dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], *, steps: int, seed: int
+) -> dict[str, Any]:
+    """The curves, and with `steps` above 0 the adversary's figures; of a model without a head only pattern figures."""
+    found: dict[str, Any] = {"curve": curve(dec, site, _first(batches, CURVE_TOKENS), seed)}
+    if steps and site.has_head:
+        few = _first(batches, ADVERSARY_TOKENS)
+        found["adversary"] = adversary(dec, site, few, steps=steps, seed=seed)
+        found["adversary_tokens"] = sum(batch.n_tokens for batch in few)
+    return found
+
+
+def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """As many whole sequences as hold about that many tokens."""
+    out = []
+    for batch in batches:
+        if tokens <= 0:
+            break
+        lengths = batch.real_BT.sum(1)
+        count = max(int((lengths.cumsum(0) <= tokens).sum()), 1)
+        tokens -= int(lengths[:count].sum())
+        out.append(batch.first(count))
+    return out
+
+
+@torch.no_grad()
+def curve(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], seed: int) -> list[dict[str, Any]]:
+    """For each share of the kept pairs what the map is worth with only those, without them, and with as many others."""
+    order = dec.importance_P.argsort(descending=True)
+    mixed = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).to(order.device)
+    counts = list(dict.fromkeys(n for n in (round(share * len(order)) for share in SHARES) if n))
+    variants = {
+        (n, name): index.sort().values
+        for n in counts
+        for name, index in zip(CUTS, (order[:n], order[n:], mixed[:n]), strict=True)
+    }
+    scores = {name: PatternScore() for name in variants}
+    patched = PatchedScore()
+    for batch in batches:
+        inputs = harvest_finite(site, batch)
+        logs = {name: _log_pattern(dec, index) for name, index in variants.items()}
+        for name, log_pattern in logs.items():
+            scores[name].add(inputs, log_pattern(inputs))
+        if site.has_head:
+            patched.add(site, batch, {str(name): _pattern(log) for name, log in logs.items()})
+    return [{"pairs": n, **{name: _figures(scores[n, name], patched, str((n, name))) for name in CUTS}} for n in counts]
+
+
+def _log_pattern(dec: Decomposition, index: Tensor) -> Callable[[AttentionInputs], Tensor]:
+    pairs, strength = dec.pairs.take(index), dec.strength_P[index]
+    return lambda inputs: inputs.rule.masked(dec.scores(inputs, pairs, strength)).log_softmax(-1)
+
+
+def _pattern(log_pattern: Callable[[AttentionInputs], Tensor]) -> PatternSource:
+    return lambda inputs: exp(log_pattern(inputs))
+
+
+def _figures(score: PatternScore, patched: PatchedScore, name: str) -> dict[str, Any]:
+    out = {"pattern_kl": score.kl.figure()}
+    if name in patched.kl:
+        out |= {"logit_kl": patched.kl[name].figure(), "ce_increase": patched.increase(name)}
+    return out
