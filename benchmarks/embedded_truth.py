@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--pair-tokens", type=int, default=1_000_000)
+    parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument("--json", type=Path, default=None)
@@ -64,7 +65,7 @@ def main() -> None:
         config = qk.RunConfig.model_validate({
             "model": args.model, "layers": args.layers,
             "dictionary": {"width": args.width, "k": args.k},
-            "training": {"tokens": args.tokens, "seed": seed},
+            "training": {"tokens": args.tokens, "batch_tokens": args.batch_tokens, "seed": seed},
             "pairs": {"count": args.count, "tokens": args.pair_tokens},
             "evaluation": {"tokens": 32_768},
         })  # fmt: skip

@@ -24,6 +24,7 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
 
   run        decompose layers of a model: harvest, both training steps, evaluation, report
   evaluate   measure a finished run again and write its report anew
+  compare    what of one run's features and pairs recurs in another's
   bench      planted: every method on layers whose features and pairs are known
              quality: beside the published recipe, on layers of real models
 
@@ -45,6 +46,19 @@ class EvaluateCommand(Config):
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The run's folder."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+
+
+class CompareCommand(Config):
+    """What of one run's features and pairs recurs in another's (another seed, another recipe), layer by layer."""
+
+    one: Annotated[Path, tyro.conf.Positional]
+    """A run's folder."""
+    other: Annotated[Path, tyro.conf.Positional]
+    """Another run's, of the same model."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
 
@@ -115,10 +129,15 @@ def _dispatch(argv: list[str]) -> None:
 
         chosen = _parse(EvaluateCommand, rest, "qkscope evaluate", {})
         evaluate_folder(chosen.folder, device=chosen.device)
+    elif command == "compare":
+        from .evaluate.compare import compare_runs
+
+        chosen = _parse(CompareCommand, rest, "qkscope compare", {})
+        compare_runs(chosen.one, chosen.other, chosen.json_file, chosen.device)
     elif command == "bench":
         _bench(rest)
     else:
-        known = ["run", "evaluate", "bench"]
+        known = ["run", "evaluate", "compare", "bench"]
         raise UserError(f"unknown command {command!r}{nearest(command, known)}; see qkscope --help")
 
 

@@ -18,9 +18,10 @@ from qkscope.errors import UserError
 from qkscope.evaluate.planted import bench as bench_room
 from qkscope.evaluate.planted import report
 from qkscope.evaluate.planted.bench import PlantedBench, dictionaries, oracle_job, rows_of, spread, table
-from qkscope.evaluate.planted.scores import Overlap, match_activations, pair_scores, predictions, true_triples
+from qkscope.evaluate.planted.scores import identities, match_activations, pair_scores, predictions, true_triples
 from qkscope.evaluate.planted.sizes import SIZES, Size
 from qkscope.evaluate.planted.world import LOCAL, ROTARY_BASE, Planted, PlantedStream, WorldConfig
+from qkscope.evaluate.stability import Overlap
 from qkscope.pairs.pair_map import Pairs, with_bias
 
 EXACT = WorldConfig(
@@ -190,7 +191,7 @@ def overlap_of(learned: Tensor, true: Tensor) -> Overlap:
 def scored(planted: Planted, learned: Tensor, pairs: Pairs, worth: Tensor) -> dict[str, Any]:
     """Scores of dictionaries with these activations on both sides."""
     overlap = overlap_of(learned, with_bias(coefficients(planted)).flatten(0, 1))
-    ids = overlap.identities()
+    ids = identities(overlap)
     match = {side: float(match_activations(planted, side, overlap).mean()) for side in ("query", "key")}
     return {**match, **pair_scores(planted, predictions(pairs, worth, torch.ones(len(pairs)), ids, ids))}
 
@@ -259,7 +260,7 @@ def test_copies_that_cancel_say_nothing() -> None:
 def test_an_always_on_feature_is_the_bias() -> None:
     acts = with_bias(coefficients(world())).flatten(0, 1)
     learned = torch.stack([torch.ones(len(acts)) * 3, acts[:, 0], torch.zeros(len(acts))], 1)
-    assert overlap_of(learned, acts).identities().tolist() == [25, 0, -1, 25]
+    assert identities(overlap_of(learned, acts)).tolist() == [25, 0, -1, 25]
 
 
 def test_the_oracle_is_perfect_where_nothing_leaks() -> None:

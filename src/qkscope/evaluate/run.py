@@ -82,7 +82,8 @@ def evaluate_run(
         write_page(parent)
 
 
-def _text(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
+def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
+    """The beginning of one split of a run's text, as its own training would cut it."""
     return Sequences(
         config.data, site.tokenizer, split,
         batch_tokens=config.training.batch_tokens, seed=config.training.seed, repeat=False, max_tokens=tokens,
@@ -96,7 +97,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
     config = dec.config
 
     def text(split: Split, tokens: int) -> Sequences:
-        return _text(site, config, split, tokens)
+        return text_of(site, config, split, tokens)
 
     began = time.monotonic()
     sample = [harvest_finite(site, batch.to(device)) for batch in text("train", SAMPLE_TOKENS)]
@@ -145,7 +146,7 @@ def _evaluate_together(target: Path, folder: Path, sites: Sequence[AttentionSite
         "zero": [zero_pattern] * len(sites),
         "uniform": [uniform_pattern] * len(sites),
     }
-    for batch in _text(sites[0], config, "heldout", config.evaluation.tokens):
+    for batch in text_of(sites[0], config, "heldout", config.evaluation.tokens):
         score.add_together(sites, batch.to(device), variants)
         tokens += batch.n_tokens
     write_json(target, {"layers": [s.layer for s in sites], "tokens": tokens, **score.report()})

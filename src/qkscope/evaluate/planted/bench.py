@@ -28,8 +28,9 @@ from ...training.recipes import resolved
 from ...training.step1 import Step1Job
 from ..controls import shuffled_pairs, untrained
 from ..patterns import PatternScore, uniform_log_pattern
+from ..stability import Overlap
 from ..workbench import Workbench
-from .scores import Overlap, match_activations, match_rows, pair_scores, predictions
+from .scores import identities, match_activations, match_rows, pair_scores, predictions
 from .sizes import Size
 from .world import EVENT, LAYER, Planted, PlantedStream
 
@@ -71,7 +72,7 @@ class PlantedBench(Workbench):
                 active[name] += float((learned > 0).sum())
         out: dict[str, Any] = {"kl": self.kl(dec.log_pattern_all if worth_P is None else dec.log_pattern_kept)}
         for name, side in sides.items():
-            live = overlaps[name].learned > 0
+            live = overlaps[name].other > 0
             out[f"l0_{name}"] = active[name] / tokens
             out[f"live_{name}"] = int(live.sum())
             out[f"match_{name}"] = float(match_activations(self.world, name, overlaps[name]).mean())
@@ -79,8 +80,8 @@ class PlantedBench(Workbench):
         for score in ("match", "match_rows"):
             out[score] = (out[f"{score}_query"] + out[f"{score}_key"]) / 2
         if worth_P is not None:
-            identities = (overlaps[name].identities() for name in sides)
-            out |= pair_scores(self.world, predictions(dec.pairs, worth_P, self._signs(dec), *identities))
+            named = (identities(overlaps[name]) for name in sides)
+            out |= pair_scores(self.world, predictions(dec.pairs, worth_P, self._signs(dec), *named))
             out["pairs"] = len(dec.pairs)
         return out
 

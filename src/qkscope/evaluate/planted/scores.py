@@ -21,7 +21,6 @@ All is measured on held-out tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,41 +28,16 @@ from torch import Tensor
 
 from ...dictionary import SparseTranscoder
 from ...pairs.pair_map import Pairs
+from ..stability import SAME, Overlap
 from .world import Planted
 
-SAME = 0.7  # least cosine of a learned feature with the true one that it is taken for: half of its energy
 
-
-@dataclass
-class Overlap:
-    """Cosines of true and learned activations of one side, summed up over batches."""
-
-    products: Tensor
-    """[F + 1 true (the bias last), learned]."""
-    true: Tensor
-    learned: Tensor
-
-    @classmethod
-    def empty(cls, n_true: int, n_learned: int) -> Overlap:
-        sizes = ((n_true, n_learned), (n_true,), (n_learned,))
-        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
-
-    def add(self, true_nF: Tensor, learned_nF: Tensor) -> None:
-        a, b = true_nF.double(), learned_nF.double()
-        self.products += a.T @ b
-        self.true += a.square().sum(0)
-        self.learned += b.square().sum(0)
-
-    def cosines(self) -> Tensor:
-        """[F + 1, learned]; 0 for a feature that never fired."""
-        return self.products / (self.true[:, None] * self.learned).sqrt().clamp(min=1e-12)
-
-    def identities(self) -> Tensor:
-        """The true feature that each learned one is, -1: none; with the learned bias (the true bias) behind them."""
-        if not self.products.shape[1]:
-            return torch.tensor([len(self.true) - 1])
-        best, index = self.cosines().max(0)
-        return torch.cat([index.where(best >= SAME, -1), torch.tensor([len(self.true) - 1])])
+def identities(overlap: Overlap) -> Tensor:
+    """The true feature that each learned one is, -1: none; the learned bias stands behind them and is the true one."""
+    if not overlap.products.shape[1]:
+        return torch.tensor([len(overlap.one) - 1])
+    best, index = overlap.cosines().max(0)
+    return torch.cat([index.where(best >= SAME, -1), torch.tensor([len(overlap.one) - 1])])
 
 
 def relevant(world: Planted, side: str) -> Tensor:

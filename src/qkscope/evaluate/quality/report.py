@@ -30,7 +30,7 @@ from .bench import FEW, LayerBench, Size, rows_of
 
 SIZES = {
     "small": Size(
-        width=300, sparsity=0.01, tokens=300_000, heldout_tokens=8_192, counts=(4000, 2000, 1000, 500),
+        width=300, sparsity=0.01, tokens=300_000, heldout_tokens=8_192, counts=(8000, 4000, 2000, 1000, 500),
         mask_sparsity=1e-6, mask_tokens=100_000, pair_sparsity=0.03,
         adversary_count=2000, adversary_tokens=1024, batch_tokens=512,
     ),
