@@ -128,6 +128,7 @@ def test_features_are_those_of_the_slow_reference(tmp_path: Path) -> None:
     rows = iter(table.to_pylist())
     for side, width in WIDTHS.items():
         acts = torch.cat([a[side][b.real_BT] for b, a in batches()])
+        places = torch.cat([b.real_BT.nonzero()[:, 1] for b, _ in batches()])
         of_pair = (dec.pairs.query_P if side == "query" else dec.pairs.key_P).tolist()
         for feature in range(width):
             row, values = next(rows), acts[:, feature]
@@ -142,9 +143,33 @@ def test_features_are_those_of_the_slow_reference(tmp_path: Path) -> None:
                 worth[int(dec.pairs.head_P[p])] += float(dec.importance_P[p])
             ranked = sorted((h for h in range(HEADS) if worth[h]), key=lambda h: -worth[h])
             assert row["top_heads"] == ranked[:3]
+            assert row["by_position"] == pytest.approx(between(values, places), abs=1e-5)
             assert (row["pairs"], row["importance"]) == (len(mine), pytest.approx(sum(worth)))
     assert next(rows, None) is None
     assert not table["live"].to_pylist()[WIDTHS["query"] - 1]
+
+
+def between(values: Tensor, places: Tensor) -> float:
+    """Share of the variance that lies between the places 0, 1-2, 3-6, 7-14."""
+    values = values.double()
+    whole = ((values - values.mean()) ** 2).sum()
+    parts = [values[(places >= low) & (places < 2 * low + 1)] for low in (0, 1, 3, 7)]
+    share = sum(len(part) * (part.mean() - values.mean()) ** 2 for part in parts if len(part))
+    return float(share / whole) if whole > 0 else 0.0
+
+
+def test_a_feature_of_the_place_alone_is_all_position(tmp_path: Path) -> None:
+    examples = Examples(decomposition(), 1, 1)
+    for batch, acts in batches():
+        at = torch.arange(batch.tokens_BT.shape[1])
+        for side in WIDTHS:
+            acts[side][..., 0] = (at == 0).float()
+        examples.add(batch, acts)
+    examples.write(tmp_path, Letters())
+    rows = pq.read_table(tmp_path / "features.parquet").to_pylist()
+    shares = {(row["side"], row["feature"]): row["by_position"] for row in rows}
+    assert shares["query", 0] == pytest.approx(1) and shares["key", 0] == pytest.approx(1)
+    assert shares["query", 1] < 0.3
 
 
 def test_column_types(tmp_path: Path) -> None:
@@ -159,6 +184,7 @@ def test_column_types(tmp_path: Path) -> None:
         "top_heads": "list<element: int16>",
         "pairs": "int32",
         "importance": "float",
+        "by_position": "float",
     }
     assert dict(zip(examples.column_names, map(str, examples.schema.types), strict=True)) == {
         "side": "string",

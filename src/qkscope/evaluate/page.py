@@ -401,12 +401,26 @@ def _densest(layer: Layer) -> str:
     rows = []
     for f in layer.densest:
         numbers = [number(f["mean_activation"]), number(f["max_activation"]), number(f["pairs"])]
-        numbers += [number(1000 * f["importance"]), ", ".join(map(str, f["top_heads"])) or charts.DASH]
+        numbers += [number(1000 * f["importance"]), _short(f.get("by_position"), True), _partner(layer, f)]
         rows.append([_short(f["density"], True), _feature(layer, f["side"], f["feature"]), *numbers])
-    note = "The features that fire on most tokens, by side; where examples say little, look at the pairs they are in."
-    head = ["fires on", "feature", "mean", "max", "pairs", "importance, mnat", "heads"]
+    note = ("The features that fire on most tokens, by side. By position: share of its activation's variance that the "
+            "place in the sequence alone explains. Where examples say little, its partner may: the other side of its "
+            "most important pair.")  # fmt: skip
+    head = ["fires on", "feature", "mean", "max", "pairs", "importance, mnat", "by position", "partner"]
     opening = f'<h3>Densest features</h3><p class="note">{note}</p>'
     return opening + _table(head, rows, "dense tokens", (1,)) if rows else ""
+
+
+def _partner(layer: Layer, feature: dict[str, Any]) -> str:
+    """The other side of a feature's most important pair."""
+    side, other = (feature["side"], SIDES[feature["side"] == "query"])
+    pair = next((p for p in layer.pairs if p[f"{side}_feature"] == feature["feature"]), None)
+    if pair is None:
+        return charts.DASH
+    number_ = pair[f"{other}_feature"]
+    known = layer.known(other, number_)
+    name = "bias" if number_ < 0 else str(number_)
+    return text(f"{other} {name}, head {pair['head']}" + (f": {known['label']}" if known else ""))
 
 
 def _heat(layer: Layer) -> str:

@@ -27,6 +27,7 @@ from ..decomposition import SIDES, Decomposition
 from ..files import write_atomic
 
 TOP_HEADS = 3
+POSITION_BINS = 24  # of places in a sequence, each twice as wide as the one before: 0, 1-2, 3-6 ...
 NO_TOKEN = -1  # outside of the sequence
 
 
@@ -39,6 +40,9 @@ class _Side:
         self.fired_F = torch.zeros(width, dtype=torch.int64, device=device)
         self.sum_F = torch.zeros(width, dtype=torch.float64, device=device)
         self.max_F = torch.zeros(width, device=device)
+        self.square_F = torch.zeros(width, dtype=torch.float64, device=device)
+        self.bin_sum_FR = torch.zeros(width, POSITION_BINS, dtype=torch.float64, device=device)
+        self.bin_tokens_R = torch.zeros(POSITION_BINS, dtype=torch.float64, device=device)
         self.best_FM = torch.zeros(width, most, device=device)
         self.place_FM2 = torch.zeros(width, most, 2, dtype=torch.int64, device=device)  # document, position in it
         self.tokens_FMW = torch.full((width, most, len(self.reach)), NO_TOKEN, dtype=torch.int32, device=device)
@@ -48,11 +52,23 @@ class _Side:
         """Count one batch, whose activations are zero at padding."""
         self.tokens += batch.n_tokens
         self.fired_F += (acts_BTF > 0).float().sum(1).long().sum(0)  # a bool tensor's own sum is three times slower
-        self.sum_F += acts_BTF.sum(1).double().sum(0)
+        by_position_FT = acts_BTF.double().sum(0).T
+        self.sum_F += by_position_FT.sum(1)
+        self.square_F += acts_BTF.double().square().sum((0, 1))
+        bin_T = (torch.arange(acts_BTF.shape[1], device=acts_BTF.device) + 1).log2().long().clamp(max=POSITION_BINS - 1)
+        self.bin_sum_FR.index_add_(1, bin_T, by_position_FT)
+        self.bin_tokens_R.index_add_(0, bin_T, batch.real_BT.double().sum(0))
         largest_BF, at_BF = acts_BTF.max(1)
         self.max_F = torch.maximum(self.max_F, largest_BF.amax(0))
         if self.most:
             self._merge(batch, acts_BTF, largest_BF, at_BF)
+
+    def by_position(self) -> Tensor:
+        """Share of an activation's variance over tokens that lies between positions, [F]."""
+        mean_F = self.sum_F / max(self.tokens, 1)
+        whole = self.square_F - self.tokens * mean_F.square()
+        between = (self.bin_sum_FR.square() / self.bin_tokens_R.clamp(min=1)).sum(1) - self.tokens * mean_F.square()
+        return (between / whole.clamp(min=1e-30)).clamp(0, 1)
 
     def _merge(self, batch: Batch, acts_BTF: Tensor, largest_BF: Tensor, at_BF: Tensor) -> None:
         """Keep the best of what stood and of each sequence's largest activation."""
@@ -128,6 +144,7 @@ class Examples:
                 "top_heads": _top_heads(by_head[:width], reads[:width]),
                 "pairs": _array(in_pairs, pa.int32()),
                 "importance": _array(by_head[:width].sum(1), pa.float32()),
+                "by_position": _array(got.by_position(), pa.float32()),
             }
         )
 
