@@ -1,7 +1,7 @@
 """The recipes: what `default` and `seed` mean, field by field.
 
 `seed` is the published recipe with its faults mended (METHOD, step 1): the baseline that everything is compared with.
-`default` is ours; benchmarks/recipes.py prints the two side by side.
+`default` is ours; `qkscope bench quality` prints the two side by side.
 """
 
 from __future__ import annotations

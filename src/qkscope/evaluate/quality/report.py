@@ -208,7 +208,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             f"{layer['uniform_kl']['mean']:.3f}, model CE {layer['model_ce']['mean']:.3f}, without this attention "
             f"+{layer['zero_ce_increase']['mean']:.3f}"
         )
-        yield from (_line(row) for row in layer["rows"])
+        yield from (row_line(row) for row in layer["rows"])
     yield ""
     yield "score, median over layers (means over seeds by layer):"
     for score in found["scoreboard"]:
@@ -216,7 +216,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{score['score']:<40} {_cell(score['median']):>8}   ({values})"
 
 
-def _line(row: dict[str, Any]) -> str:
+def row_line(row: dict[str, Any]) -> str:
+    """A row of a layer's table."""
     kl = row["pattern_kl"]
     half = kl["ci95"][1] - kl["mean"] if kl["ci95"] else math.nan
     parts = [
