@@ -71,10 +71,13 @@ class DictionaryConfig(Config):
     """Weight of the auxiliary loss that revives dead features; 0: none."""
     anneal: float | None = Field(default=None, ge=1)
     """batchtopk and topk: training begins with this many times k active features and reaches k half way; 1: with k."""
-    dead_after: int = Field(default=50_000, ge=1)
+    dead_after: int = Field(default=5_000, ge=1)
     """Tokens without firing after which a feature counts as dead for the auxiliary loss."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Adam's peak rate."""
+    beta2: float | None = Field(default=None, gt=0, lt=1)
+    """Adam's memory of squared gradients. Sparse features see few tokens, and a shorter memory than Adam's usual 0.999
+    lets their rates follow."""
 
     @model_validator(mode="after")
     def _k_within_width(self) -> DictionaryConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from qkscope.config import DictionaryConfig
 from qkscope.dictionary import SparseTranscoder
@@ -62,3 +63,11 @@ def test_annealing_ends_half_way_at_k(activation: Any) -> None:
     falls = [(16, 20), (32**0.5, 200**0.5), (2, 10), (2, 10)]  # never more than half of the width
     wanted = falls if activation in ("batchtopk", "topk") else [(2, 10)] * 4
     assert found == [pytest.approx(pair) for pair in wanted]
+
+
+@pytest.mark.parametrize(("recipe", "beta2"), [("seed", 0.999), ("default", 0.98)])
+def test_a_recipe_says_how_long_adam_remembers(recipe: Any, beta2: float) -> None:
+    config = resolved(DictionaryConfig(recipe=recipe, width=8, k=2))
+    sides = [SparseTranscoder(4, 8, 4, "batchtopk", 2) for _ in range(2)]
+    optimizer = torch.optim.Adam(Step1Job(0, "", config, *sides).parameter_groups())
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, beta2)]

@@ -20,6 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "aux": 0.0,
         "anneal": 1.0,
         "learning_rate": 1e-2,
+        "beta2": 0.999,
     },
     "default": {
         "activation": "batchtopk",
@@ -30,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "aux": 1 / 32,
         "anneal": 1.0,
         "learning_rate": 8e-3,
+        "beta2": 0.98,
     },
 }
 

@@ -36,8 +36,9 @@ class Step1Job(Job):
 
     def parameter_groups(self) -> list[dict]:
         """Parameters with their peak learning rate."""
+        rate, beta2 = self.config.learning_rate, self.config.beta2
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": parameters, "lr": self.config.learning_rate, "peak": self.config.learning_rate}]
+        return [{"params": parameters, "lr": rate, "peak": rate, "betas": (0.9, beta2)}]
 
     def before_step(self, done: float) -> None:
         """Let more features be active at first, `anneal` times k, and fall to k in equal ratios."""
