@@ -161,6 +161,23 @@ class PairsConfig(Config):
     """mask: weight of the root penalty on the mask, a sum over its entries."""
 
 
+class TargetConfig(Config):
+    """What each layer is to reach, with its numbers chosen by the run: k of both sides by step 1, which is steered to a
+    share of the bound, and the pairs by tune, which prunes for as long as validation text stays under it."""
+
+    max_kl: float | None = Field(default=None, gt=0)
+    """Pattern KL of the pruned map at the most, in nats."""
+    max_ce: float | None = Field(default=None, gt=0)
+    """Increase of the model's cross-entropy at the most, in nats a token, with the layer's pattern replaced."""
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the bound that step 1 is steered to; the rest is left for pruning. More of it: fewer active features,
+    more pairs."""
+
+    @property
+    def given(self) -> bool:
+        return self.max_kl is not None or self.max_ce is not None
+
+
 class EvaluationConfig(Config):
     """The report."""
 
@@ -187,6 +204,7 @@ class RunConfig(Config):
     sweep: SweepConfig = SweepConfig()
     training: TrainingConfig = TrainingConfig()
     pairs: PairsConfig = PairsConfig()
+    target: TargetConfig = TargetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 

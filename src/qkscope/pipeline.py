@@ -16,7 +16,7 @@ import torch
 
 from .attention import AttentionInputs, AttentionSite, open_sites
 from .config import RunConfig
-from .data import Sequences, check_text
+from .data import Batch, Sequences, check_text
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
 from .embedded import EMBEDDED_MODELS, with_defaults
@@ -28,19 +28,22 @@ from .pairs.importance import firing_features, pair_importance, rank_pairs
 from .pairs.mask import MaskJob, require_memory, shortfall
 from .pairs.pair_map import Pairs, rows, weight_strength
 from .pairs.phases import Phase, phases_of
-from .pairs.selection import fewest, map_kl, top
+from .pairs.selection import fewest, map_kl, mattering, top
 from .pairs.tune import MapJob
 from .progress import Reporter
 from .run_folder import claimed, layer_folder, recorded, require_same, variants, write_config
+from .target import Bounds, Cost, bounds_of, cost_of, require_target, step1_kl
 from .training import checkpoint
 from .training.job import Job
 from .training.loop import Logs, train
 from .training.start import label_seed, side_statistics, start
+from .training.steering import Steering
 from .training.step1 import Step1Job
 from .training.stream import ModelStream, harvest_finite
 
 TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 START_TOKENS = 8192  # training tokens that a start is fitted to
+STEER_TOKENS = 4096  # validation tokens on which a bound on cross-entropy becomes one on KL
 
 
 @dataclass
@@ -82,6 +85,7 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         check_text(config.data, tokenizer)
         sites = open_sites(model, tokenizer, sorted(set(config.layers)))
         _require_context(config, model)
+        require_target(config, names.values(), sites)
         runner = _Runner(config, names, out, sites, reporter)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
@@ -120,6 +124,10 @@ def _require_context(config: RunConfig, model: Any) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and config.data.context > most:
         raise UserError(f"--data.context {config.data.context}: the model takes at most {most} positions")
+
+
+def _title(job: Job) -> str:
+    return f"{job.variant} layer {job.layer}".strip()
 
 
 def _device(name: str) -> torch.device:
@@ -168,7 +176,7 @@ class _Runner:
     def sample(self, layer: int, split: Split, tokens: int) -> list[AttentionInputs]:
         """What one layer saw on the first tokens of a split; the last one asked for is kept."""
         if self._sample is None or self._sample[0] != (layer, split):
-            site = next(s for s in self.sites if s.layer == layer)
+            site = self._site(layer)
             batches = self.text(split, repeat=split == "train", max_tokens=tokens)
             inputs = [harvest_finite(site, batch.to(self.device)) for batch in batches]
             self._sample = (layer, split), inputs
@@ -180,7 +188,7 @@ class _Runner:
         """Both steps; leaves each layer's dictionaries and pairs in its folder."""
         saved = checkpoint.load(self.checkpoint_path)
         jobs = self._step1_jobs()
-        phases = phases_of(self.config.pairs)
+        phases = phases_of(self.config.pairs, target=self.config.target.given)
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
         if saved is None:  # what a run left that is begun anew: killed before its first checkpoint, or short of a file
@@ -189,10 +197,14 @@ class _Runner:
                     (self._folder(job) / name).unlink(missing_ok=True)
         else:
             self.seconds = dict(saved[1].notes.get("seconds", {}))
+            for job in jobs:  # a target has changed it
+                job.query.k, job.key.k = saved[1].notes["k"].get(job.name, (job.query.k, job.key.k))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0:
             if phases and self.config.pairs.method == "mask" and not (saved and saved[1].done):
                 self._warn_of_masks(jobs)
+            if self.config.target.given:
+                self._steer(jobs)
             self._fit("step1", jobs, self.config.training.tokens, saved)
             for job in jobs:
                 self._calibrate(job)
@@ -214,6 +226,8 @@ class _Runner:
             if self.config.pairs.method == "tune":
                 for job in maps:
                     self._calibrate(job)
+                    sample = self.sample(job.layer, "train", self._sample_tokens())
+                    job.keep(mattering(self._importance(job, sample)))
             maps, stopped = self._judge(maps, phase, stopped)
             if not maps:
                 break
@@ -233,7 +247,11 @@ class _Runner:
             saved=saved,
             checkpoint_path=self.checkpoint_path,
             logs=logs,
-            notes={"seconds": self.seconds, "stopped": list(stopped)},
+            notes={
+                "seconds": self.seconds,
+                "stopped": list(stopped),
+                "k": {j.name: [j.query.k, j.key.k] for j in jobs},
+            },
         )
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - began, 1)
         if at.text.get("epoch"):
@@ -250,18 +268,40 @@ class _Runner:
             statistics = side_statistics(self.sample(site.layer, "train", self._sample_tokens()))
             for name, single in self.names.items():
                 label = f"layer {site.layer}"
-                sides = [
+                query, key = (
                     start(single.dictionary, side, statistics[side], label, self.config.training.seed)
                     for side in ("query", "key")
-                ]
-                jobs.append(Step1Job(site.layer, name, single.dictionary, *sides))
+                )
+                jobs.append(Step1Job(site.layer, name, single.dictionary, query, key))
         return jobs
+
+    def _steer(self, jobs: Sequence[Step1Job]) -> None:
+        """Have step 1 find the k of both sides for what the target leaves it of the bounds."""
+        target, bounds = self.config.target, bounds_of(self.config)
+        assert bounds is not None
+        for job in jobs:
+            x_nD = self._sample_x(job.layer)
+            batches = self._validation(STEER_TOKENS)
+            kl = step1_kl(bounds, target.share, job.query, job.key, x_nD, self._site(job.layer), batches)
+            job.steering = Steering(kl, self.config.training)
+            self.reporter.message(f"{_title(job)}: step 1 is steered to a pattern KL of {kl:.4f}")
+
+    def _validation(self, tokens: int) -> list[Batch]:
+        return [b.to(self.device) for b in self.text("validation", repeat=False, max_tokens=tokens)]
+
+    def _sample_x(self, layer: int) -> torch.Tensor:
+        """Inputs of a layer's attention on the sample of training text, [n, D]."""
+        sample = self.sample(layer, "train", self._sample_tokens())
+        return torch.cat([i.x_BTD[i.real_BT].float() for i in sample])
 
     def _sample_tokens(self) -> int:
         return max(START_TOKENS, self.config.pairs.importance_tokens)
 
     def _n_heads(self, layer: int) -> int:
-        return next(s for s in self.sites if s.layer == layer).shape["N"]
+        return self._site(layer).shape["N"]
+
+    def _site(self, layer: int) -> AttentionSite:
+        return next(s for s in self.sites if s.layer == layer)
 
     def _empty_job(self, job: Step1Job) -> Any:
         """A step 2 job without content, for a checkpoint to fill."""
@@ -324,32 +364,26 @@ class _Runner:
                 return map_kl(self._map_job(job, pairs.take(top(importance, n))), validation)
 
             n, kl = fewest(len(pairs), settings.max_kl, kl_at)
-            self._say_bound(job, n, kl)
+            self.reporter.message(f"{_title(job)}: {n:,} pairs, {Cost(kl).said(Bounds(settings.max_kl))}")
             pairs = pairs.take(top(importance, n))
         return self._map_job(job, pairs)
 
     def _judge(self, jobs: list[Any], phase: Phase, stopped: list[str]) -> tuple[list[Any], list[str]]:
-        """After a phase of tune under a KL bound: write what satisfies it, stop what does not."""
-        settings = self.config.pairs
-        if settings.max_kl is None or settings.method != "tune" or phase.count > settings.count:
+        """After a phase of tune under bounds: write what satisfies them, stop what does not."""
+        bounds = bounds_of(self.config)
+        if bounds is None or not phase.judged:
             return jobs, stopped
-        going = []
+        going, batches = [], self._validation(self.config.pairs.validation_tokens)
         for job in jobs:
-            kl = map_kl(job, self.sample(job.layer, "validation", settings.validation_tokens))
-            good = kl <= settings.max_kl
-            if good or not phase.spare:  # at `count` itself there is nothing larger to fall back to
-                self._write(job)
-                self._say_bound(job, len(job.pairs), kl)
+            made = self._decomposition(job.eval())
+            cost = cost_of(made, self._site(job.layer), batches, bounds)
+            good = cost.within(bounds)
+            if good or not phase.spare:  # at the first one there is nothing larger to fall back to
+                made.save(self._folder(job))
+                self.reporter.message(f"{_title(job)}: {len(job.pairs):,} pairs, {cost.said(bounds)}")
             if good:
-                going.append(job)
+                going.append(job.train())
         return going, [*stopped, *(j.name for j in jobs if j not in going)]
-
-    def _say_bound(self, job: Job, count: int, kl: float) -> None:
-        bound = self.config.pairs.max_kl or 0.0
-        verdict = "under" if kl <= bound else "NOT under"
-        self.reporter.message(
-            f"layer {job.layer}: {count:,} pairs, validation KL {kl:.4f}, {verdict} the bound of {bound:g}"
-        )
 
     def _importance(self, job: MapJob, sample: list[AttentionInputs]) -> torch.Tensor:
         """Importance of a job's pairs at their present strengths, nats [P]."""
@@ -373,21 +407,23 @@ class _Runner:
 
     # Writing
 
-    @torch.no_grad()
     def _write(self, job: MapJob) -> None:
-        site = next(s for s in self.sites if s.layer == job.layer)
+        self._decomposition(job).save(self._folder(job))
+
+    @torch.no_grad()
+    def _decomposition(self, job: MapJob) -> Decomposition:
+        site = self._site(job.layer)
         sample = self.sample(job.layer, "train", self._sample_tokens())
         shape = SiteShape(**site.shape, rotary=site.layout is not None)
         weights = weight_strength(job.pairs, rows(job.query, shape.N), rows(job.key, shape.G))
-        dec = Decomposition(
+        return Decomposition(
             job.layer, shape, job.query, job.key, job.pairs,
             job.strengths(sample[0].rule).detach(), weights, self._importance(job, sample), self.names[job.variant],
         )  # fmt: skip
-        dec.save(self._folder(job))
 
     def _calibrate(self, job: Job) -> None:
         """Thresholds as they are after the last step, on training text."""
-        x_nD = torch.cat([i.x_BTD[i.real_BT].float() for i in self.sample(job.layer, "train", self._sample_tokens())])
+        x_nD = self._sample_x(job.layer)
         for transcoder in (job.query, job.key):
             transcoder.calibrate(x_nD)
 

@@ -119,6 +119,10 @@ def test_killed_again_and_again(killed: Callable[..., Path]) -> None:
         ({"training.dtype": "bfloat16"}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
         # Under a bound, some layers stop at a stage and others go on.
         ({"pairs.max-kl": 0.75}, "gpt2", ("open", "layer_1/metrics.jsonl", STEPS + 2 * TUNE_STEPS + 3)),
+        # Under a target, k is found by step 1 and each halving is judged.
+        ({"target.max-kl": 1.2}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
+        ({"target.max-kl": 1.2}, "gpt2", ("os.rename", "layer_1/step1.safetensors", 1)),
+        ({"target.max-kl": 1.2}, "gpt2", ("open", "layer_1/metrics.jsonl", STEPS + TUNE_STEPS + 3)),
     ],
 )  # fmt: skip
 def test_killed_with_another_method(

@@ -54,8 +54,8 @@ def test_an_activation_against_the_recipe_brings_its_own_sparsity(recipe: Any, a
 @pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu", "relu"])
 def test_annealing_ends_half_way_at_k(activation: Any) -> None:
     config = resolved(DictionaryConfig(width=40, k=2, k_key=10, activation=activation, anneal=8.0))
-    sides = [SparseTranscoder(4, 40, 4, activation, k) for k in (2, 10)]
-    job = Step1Job(0, "", config, *sides)
+    query, key = (SparseTranscoder(4, 40, 4, activation, k) for k in (2, 10))
+    job = Step1Job(0, "", config, query, key)
     found = []
     for done in (0.0, 0.25, 0.5, 1.0):
         job.before_step(done)
@@ -68,6 +68,6 @@ def test_annealing_ends_half_way_at_k(activation: Any) -> None:
 @pytest.mark.parametrize(("recipe", "beta2"), [("seed", 0.999), ("default", 0.98)])
 def test_a_recipe_says_how_long_adam_remembers(recipe: Any, beta2: float) -> None:
     config = resolved(DictionaryConfig(recipe=recipe, width=8, k=2))
-    sides = [SparseTranscoder(4, 8, 4, "batchtopk", 2) for _ in range(2)]
-    optimizer = torch.optim.Adam(Step1Job(0, "", config, *sides).parameter_groups())
+    query, key = (SparseTranscoder(4, 8, 4, "batchtopk", 2) for _ in range(2))
+    optimizer = torch.optim.Adam(Step1Job(0, "", config, query, key).parameter_groups())
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, beta2)]

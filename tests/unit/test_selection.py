@@ -22,7 +22,7 @@ from layers import (
 
 from qkscope.config import PairsConfig
 from qkscope.pairs.phases import phases_of
-from qkscope.pairs.selection import LADDER, fewest, ladder, map_kl, top
+from qkscope.pairs.selection import LADDER, fewest, ladder, map_kl, mattering, top
 from qkscope.pairs.tune import MapJob
 
 
@@ -104,6 +104,11 @@ def test_map_kl_is_a_mean_over_tokens_of_all_batches() -> None:
     assert job.training
 
 
+def test_pairs_without_importance_do_not_matter() -> None:
+    assert mattering(torch.tensor([0.0, 2.0, 0.0, 1e-9])).tolist() == [1, 3]
+    assert mattering(torch.zeros(3)).tolist() == [0, 1, 2]  # a map of nothing has no pattern to learn from
+
+
 def test_phases_of_step_two() -> None:
     """tune's counts fall to the asked one, and under a bound by halves below it; the tokens are those of all stages."""
     config = PairsConfig(count=1000, tokens=400, stages=4, first=8)
@@ -113,6 +118,14 @@ def test_phases_of_step_two() -> None:
     ]  # fmt: skip
     bounded = phases_of(config.model_copy(update={"max_kl": 0.1, "count": 6}))
     assert [(p.name, p.count) for p in bounded if p.spare] == [("tune5", 3), ("tune6", 1)]
+    assert [p.count for p in bounded] == [48, 24, 12, 6, 3, 1]
+    assert [p.judged for p in bounded] == [False] * 3 + [True] * 3
+    targeted = phases_of(config.model_copy(update={"count": 10}), target=True)
+    assert [(p.name, p.count, p.tokens) for p in targeted] == [
+        ("tune1", 80, 100), ("tune2", 40, 100), ("tune3", 20, 100), ("tune4", 10, 100),
+    ]  # fmt: skip
+    assert all(p.judged for p in targeted) and [p.spare for p in targeted] == [False, True, True, True]
+    assert [p.count for p in phases_of(config.model_copy(update={"count": 1, "first": 2}), target=True)] == [2]
     for method in ("refit", "mask"):
         phases = phases_of(config.model_copy(update={"method": method}))
         assert [(p.name, p.count, p.tokens) for p in phases] == [(method, 1000, 400)]

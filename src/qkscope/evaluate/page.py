@@ -142,11 +142,19 @@ def _facts(layer: Layer) -> str:
     said = [f"{words} {r[key]}" for key, words in (("recipe", "recipe"), ("pairs_method", "pairs by")) if r.get(key)]
     said += [f"trained on {number(tokens['trained'])} tokens"] if tokens.get("trained") else []
     said.append(f"measured on {evaluated} held-out tokens in {sequences} sequences")
+    said += [_asked(target)] if (target := r.get("target")) else []
     if r.get("seconds"):
         said.append("wall time " + ", ".join(f"{phase} {number(s)} s" for phase, s in r["seconds"].items()))
     if finite(check := layer.figure("map_all_check", "largest_log_pattern_difference")):
         said.append(f"all pairs, summed one by one, give the transcoders' log-pattern to within {number(check)}")
     return f'<p class="soft">{text("; ".join(said))}. In brackets: 95 % intervals over sequences.</p>'
+
+
+def _asked(target: dict[str, Any]) -> str:
+    """What a run was to reach, and whether it did."""
+    bounds = (("max_kl", "a pattern KL of {}"), ("max_ce", "a cross-entropy increase of {}"))
+    asked = " and ".join(words.format(number(target[key])) for key, words in bounds if target.get(key) is not None)
+    return f"k and pairs chosen for at most {asked}: {'reached' if target.get('reached') else 'not reached'}"
 
 
 def _headline(layer: Layer) -> str:

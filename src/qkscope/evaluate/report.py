@@ -67,6 +67,18 @@ def _jackknife(value: float, without_S: Tensor) -> dict[str, Any]:
     return {"mean": value, "ci95": [max(value - half, 0.0), min(value + half, 1.0)]}
 
 
+def in_brief(report: dict[str, Any]) -> str:
+    """A report's headline as one line."""
+    kl, l0 = report["pattern_kl"], [report["l0"][side]["mean"] for side in SIDES]
+    said = f"L0 {l0[0]:.1f}/{l0[1]:.1f}, {report['pairs']['kept']:,} pairs, pattern KL {kl['map_pruned']['mean']:.4f}"
+    said += f" (uniform {kl['uniform']['mean']:.3f})"
+    if lost := report.get("ce_increase"):
+        said += f", cross-entropy {lost['map_pruned']['mean']:+.4f}"
+    if target := report.get("target"):
+        said += "; the target is reached" if target["reached"] else "; the target is NOT reached"
+    return said
+
+
 def measure(
     dec: Decomposition,
     site: AttentionSite,

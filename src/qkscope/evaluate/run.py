@@ -24,6 +24,7 @@ from ..models import load_model
 from ..pattern import PatternSource
 from ..progress import Reporter
 from ..run_folder import claimed, layer_folder, require_finished, variants
+from ..target import outcome
 from ..training.stream import harvest_finite
 from .faithful import CURVE_TOKENS, faithfulness
 from .heads import head_roles
@@ -31,7 +32,7 @@ from .labels import StoryLabels
 from .page import write_page
 from .patched import PatchedScore, zero_pattern
 from .patterns import uniform_pattern
-from .report import measure, sample_l0
+from .report import in_brief, measure, sample_l0
 from .truth import truth_scores
 
 SAMPLE_TOKENS = 65_536  # training tokens behind the mean pattern and the controls' starts
@@ -73,7 +74,8 @@ def evaluate_run(
                 title = f"{name} layer {site.layer}".strip()
                 reporter.message(f"evaluating {title} on held-out text")
                 together.unlink(missing_ok=True)  # it was of another decomposition of this layer
-                _evaluate_layer(target, site, notes or {}, again)
+                report = _evaluate_layer(target, site, notes or {}, again)
+                reporter.message(f"{title}: {in_brief(report)}")
         if len(sites) > 1 and sites[0].has_head and not together.exists():
             _evaluate_together(together, folder, sites)
         write_page(folder)
@@ -91,7 +93,7 @@ def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -
 
 
 @torch.no_grad()
-def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], again: bool) -> None:
+def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], again: bool) -> dict[str, Any]:
     device = next(site.model.parameters()).device
     dec = Decomposition.load(target).to(device)
     config = dec.config
@@ -114,6 +116,8 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         "recipe": config.dictionary.recipe,
         "pairs_method": config.pairs.method,
     }
+    if config.target.given:
+        report["target"] = outcome(config.target, report)
     first = [b.to(device) for b in text("heldout", min(CURVE_TOKENS, config.evaluation.tokens))]
     report["faithful"] = faithfulness(
         dec, site, first, steps=config.evaluation.adversary_steps, seed=config.training.seed
@@ -132,6 +136,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
     examples.write(target, site.tokenizer)
     write_json(target / "patterns.json", _shown_patterns(dec, site, first[0]))
     write_json(target / "report.json", report)
+    return report
 
 
 @torch.no_grad()

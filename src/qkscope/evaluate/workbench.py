@@ -19,7 +19,7 @@ from ..dictionary import SparseTranscoder
 from ..pairs.importance import firing_features, pair_importance, rank_pairs
 from ..pairs.mask import MaskJob
 from ..pairs.pair_map import Pairs, rows, weight_strength
-from ..pairs.selection import top
+from ..pairs.selection import mattering, top
 from ..pairs.tune import MapJob
 from ..pattern import AttentionInputs
 from ..training.job import Job
@@ -136,6 +136,7 @@ class Workbench:
                 tuned.keep(top(self.importance(tuned), count))
                 tuned.train()
                 spent += self.fit([tuned], tokens // (len(ordered) + 1))
+                tuned.keep(mattering(self.importance(tuned)))
                 if number:
                     yield "prune and tune", count, tuned, spent
         for sparsity in mask_sparsity:

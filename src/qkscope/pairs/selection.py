@@ -19,6 +19,15 @@ def top(importance_P: Tensor, count: int) -> Tensor:
     return importance_P.topk(min(count, len(importance_P))).indices.sort().values
 
 
+def mattering(importance_P: Tensor) -> Tensor:
+    """Index of the pairs that have any importance, ascending; of all where none has.
+
+    The others' features have died, or never meet.
+    """
+    some = (importance_P > 0).nonzero()[:, 0]
+    return some if len(some) else torch.arange(len(importance_P), device=importance_P.device)
+
+
 def fewest(most: int, bound: float, kl_at: Callable[[int], float]) -> tuple[int, float]:
     """The fewest pairs, up to a fifth, whose KL is at most `bound`, and that KL; `most` where even that is too few.
 

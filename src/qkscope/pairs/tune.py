@@ -9,7 +9,8 @@ reproduce the pattern through the kept pairs alone (on one layer the KL of qÌ‚kÌ
 the map stood at 0.21). So tune has the pair penalty on the dropped pairs: they are made small, not merely left out.
 
 A feature that no kept pair names has no say in any score: tune drops it with its last pair, so that the active features
-a token may have are spent on those that matter. (Left in, a third to a half of them died.)
+a token may have are spent on those that matter. (Left in, a third to a half of them died.) And a pair without any
+importance goes after each stage, be it the last, for its features have died or never meet.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from ..dictionary import SparseTranscoder
 from .job import Job
 from .objective import PatternTarget, revival_loss, sparsity_loss
 from .pair_penalty import pair_penalty
+from .steering import Steering
 
 # Dead features that share in the auxiliary reconstruction of a token, a unit of k. Where many share, none of them
 # learns to stand for one thing: on planted layers (k 0.5) 64 a token left a quarter of the true features unfound.
@@ -23,10 +24,18 @@ class Step1Job(Job):
     """Two dictionaries, and for each feature the tokens since it last fired."""
 
     def __init__(
-        self, layer: int, variant: str, config: DictionaryConfig, query: SparseTranscoder, key: SparseTranscoder
+        self,
+        layer: int,
+        variant: str,
+        config: DictionaryConfig,
+        query: SparseTranscoder,
+        key: SparseTranscoder,
+        steering: Steering | None = None,
     ) -> None:
         super().__init__(layer, variant, query, key)
-        self.config = config
+        self.config, self.steering = config, steering
+        self.register_buffer("log_k", torch.tensor([config.k, config.key_k], dtype=torch.float64).log())
+        self._kl_3: Tensor | None = None
         for side in ("query", "key"):
             idle = torch.zeros(self.side(side).width, dtype=torch.int64, device=query.W_enc.device)
             self.register_buffer(f"{side}_idle", idle)
@@ -43,12 +52,21 @@ class Step1Job(Job):
     def before_step(self, done: float) -> None:
         """Let more features be active at first, `anneal` times k, and fall to k in equal ratios."""
         super().before_step(done)
+        if self.steering is not None:
+            self.query.k, self.key.k = self.get_buffer("log_k").exp().tolist()
+            return
         for side, k in (("query", self.config.k), ("key", self.config.key_k)):
             transcoder = self.side(side)
             if transcoder.activation not in ("batchtopk", "topk"):
                 continue
             first = max(min((self.config.anneal or 1.0) * k, transcoder.width / 2), k)
             transcoder.k = k * (first / k) ** max(1 - done / ANNEALED, 0.0)
+
+    def after_step(self) -> None:
+        """Steer k by the KL of the batch that was just learned from."""
+        if self.steering is not None and self._kl_3 is not None:
+            most = torch.tensor([self.query.width / 2, self.key.width / 2], dtype=torch.float64).clamp(min=1)
+            self.log_k = self.steering.step(self.get_buffer("log_k"), self._kl_3, most, self.done)
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on one batch, and what to log of it."""
@@ -80,6 +98,7 @@ class Step1Job(Job):
             log["pair_penalty"] = penalty.detach()
         both, query_only, key_only = target.kl_of(out["query"], out["key"])
         loss = 3 * both + query_only + key_only + extra
+        self._kl_3 = torch.stack([both, query_only, key_only]).detach()
         log["pattern_kl"] = both.detach()
         return loss, log
 
