@@ -70,7 +70,7 @@ def test_a_job_takes_its_k_from_the_steering() -> None:
     """Only a steered job's k moves, and as the batch says."""
     target = PatternTarget(some_inputs(seed=3))
     for kl, grows in ((1e-3, True), (50.0, False), (None, None)):
-        job = job_for(target.inputs, activation="batchtopk", k=3.0)
+        job = job_for(target.inputs, activation="batchtopk", k=1.5)
         job.steering = None if kl is None else Steering(kl, LONG)
         for done in (0.5, 0.6):
             job.before_step(done)
@@ -79,6 +79,6 @@ def test_a_job_takes_its_k_from_the_steering() -> None:
         job.before_step(1.0)
         found = [job.query.k, job.key.k]
         if grows is None:
-            assert found == [3.0, 3.0]
+            assert found == [1.5, 1.5]
         else:
-            assert all((k > 3.0) is grows and 1 <= k <= 4.5 for k in found), found
+            assert all((k > 1.5) is grows and 1 <= k <= 2.25 for k in found), found

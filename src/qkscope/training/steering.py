@@ -19,6 +19,7 @@ from ..config import TrainingConfig
 from .loop import rate_at
 
 FROM = 0.3  # share of the training after which k is steered
+DENSEST = 0.25  # share of the features that may be active: what needs more has no sparse description
 PULL = 20.0  # how far, over a whole training, a steady error in log KL would move log k ...
 GAINS = 0.02, 0.2  # ... and how far in one step, at the least and at the most
 DESCENT = 0.5  # share of the final KL by which it may stand above that while the learning rate is at its peak ...

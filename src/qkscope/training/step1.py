@@ -12,7 +12,7 @@ from ..dictionary import SparseTranscoder
 from .job import Job
 from .objective import PatternTarget, revival_loss, sparsity_loss
 from .pair_penalty import pair_penalty
-from .steering import Steering
+from .steering import DENSEST, Steering
 
 # Dead features that share in the auxiliary reconstruction of a token, a unit of k. Where many share, none of them
 # learns to stand for one thing: on planted layers (k 0.5) 64 a token left a quarter of the true features unfound.
@@ -65,7 +65,8 @@ class Step1Job(Job):
     def after_step(self) -> None:
         """Steer k by the KL of the batch that was just learned from."""
         if self.steering is not None and self._kl_3 is not None:
-            most = torch.tensor([self.query.width / 2, self.key.width / 2], dtype=torch.float64).clamp(min=1)
+            widths = torch.tensor([self.query.width, self.key.width], dtype=torch.float64)
+            most = (widths * DENSEST).clamp(min=1.0)
             self.log_k = self.steering.step(self.get_buffer("log_k"), self._kl_3, most, self.done)
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
