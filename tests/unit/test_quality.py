@@ -11,7 +11,7 @@ import pytest
 from qkscope import cli
 from qkscope.errors import UserError
 from qkscope.evaluate.quality import report
-from qkscope.evaluate.quality.bench import FEW, Size
+from qkscope.evaluate.quality.bench import FEW, LIVE, Size
 from qkscope.evaluate.quality.report import bench_quality, least, scoreboard, scores_of
 
 TINY = Size(
@@ -48,7 +48,8 @@ def layer_of(seed: int = 0, few: float = 0.1) -> dict[str, Any]:
     rows = [
         row("seed", "all pairs", 0.2, 8.0), row("default", "all pairs", 0.1, 8.0),
         row("default, half the L0", "all pairs", 0.2, 4.0), row("default, a quarter", "all pairs", 0.4, 2.0),
-        row(FEW, "all pairs", 0.12, 8.0), row("random", "all pairs", 0.9, 8.0), row("svd", "all pairs", 0.6, 8.0),
+        row(FEW, "all pairs", 0.12, 8.0), row(LIVE, "all pairs", 0.11, 8.0),
+        row("random", "all pairs", 0.9, 8.0), row("svd", "all pairs", 0.6, 8.0),
         row("seed", "mask", 0.2, 8.0, 10_000), row("seed", "mask", 0.3, 8.0, 4000),
         row("default", "prune and tune", 0.15, 8.0, 4000, **played), row("default", "prune and tune", 0.3, 8.0, 1000),
         row(FEW, "prune and tune", few, 8.0, 4000), row(FEW, "prune and tune", 0.2, 8.0, 1000),
@@ -61,6 +62,7 @@ def test_scores_are_ratios_to_the_baseline() -> None:
     assert scores["KL at its L0"] == pytest.approx(0.5)
     assert scores["L0 at its KL"] == pytest.approx(0.5)
     assert scores[f"pairs at its mask's KL, {FEW}"] == pytest.approx(0.1)
+    assert scores["KL at its live width"] == pytest.approx(1.1) and scores["its dead"] == pytest.approx(0.02)
     share = scores["pairs at its mask's KL, default"]
     assert share is not None and 0.1 < share < 0.4
     assert scores["random over it, default"] == pytest.approx(6.0)
@@ -71,6 +73,7 @@ def test_the_scoreboard_is_a_median_over_layers_of_means_over_seeds() -> None:
     layers = [{**layer_of(seed, few), "layer": layer} for layer in (1, 2, 3) for seed, few in ((0, 0.1), (1, 0.3))]
     table = {score["score"]: score for score in scoreboard(layers)}
     assert table[f"KL of the largest map, {FEW}"]["median"] == pytest.approx(0.2)
+    assert table[f"KL of the largest map, {FEW}"]["spread"]["m 1"] == pytest.approx(0.2 / 2**0.5)
     assert list(table["KL at its L0"]["by_layer"]) == ["m 1", "m 2", "m 3"]
     for layer in layers:
         if layer["layer"] == 3:  # no point of default's reaches the baseline there
@@ -124,7 +127,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {("seed", "mask", 30), ("default", "prune and tune", 60), (FEW, "prune and tune", 30)} <= set(maps)
     assert all(r["pairs"] <= r["asked"] for r in maps.values())
     assert maps[FEW, "prune and tune", 60]["adversary"]["logit_kl"]["adversary"]["mean"] > 0
-    for name in ("default", "default, half the L0", "random", "svd"):
+    for name in ("default", "default, half the L0", LIVE, "random", "svd"):
         assert sum(r["dictionary"] == name and r["method"] == "all pairs" for r in rows) == 1
     printed = capsys.readouterr().out
     assert "KL at its L0" in printed and "stories-gpt2 layer 1, seed 1" in printed

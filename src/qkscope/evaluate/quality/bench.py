@@ -3,7 +3,7 @@
 1. The baseline: `seed`, the published recipe with its faults mended, and its trained mask. Its held-out L0 on each side
    is what the others get.
 2. `default` at that L0, at half and at a quarter of it, and at that L0 with the pair penalty (`few pairs`); the
-   untrained controls at that L0.
+   untrained controls at that L0; and `live width`, `default` anew with only as many features as lived.
 3. Pairs: the seed's mask, as it is and cut to smaller counts by importance; prune and tune of `default` and of `few
    pairs`.
 4. What an adversary can do to the maps with what they left out.
@@ -39,6 +39,7 @@ from ..report import Activity
 from ..workbench import Workbench
 
 FEW = "few pairs"
+LIVE = "live width"
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,15 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
     }
     jobs = {name: bench.step1(name, config) for name, config in configs.items()}
     seconds = bench.fit(list(jobs.values()), size.tokens) / len(jobs)
-    for name, job in jobs.items():
-        yield {"dictionary": name, "method": "all pairs", "seconds": seconds, **bench.judge(job)}
+    rows = {
+        name: {"dictionary": name, "method": "all pairs", "seconds": seconds, **bench.judge(job)}
+        for name, job in jobs.items()
+    }
+    yield from rows.values()
+    lived, lived_key = (max(rows["default"][f"live_{side}"], 1) for side in SIDES)
+    narrow = bench.step1(LIVE, DictionaryConfig(width=lived, width_key=lived_key, k=k, k_key=k_key))
+    seconds = bench.fit([narrow], size.tokens)
+    yield {"dictionary": LIVE, "method": "all pairs", "seconds": seconds, **bench.judge(narrow)}
     for name, figures in bench.controls(jobs["default"]).items():
         yield {"dictionary": name, "method": "all pairs", "seconds": 0.0, **figures}
     yield from _pruned(bench, "seed", seed, (), (size.mask_sparsity,))

@@ -22,11 +22,12 @@ import torch
 
 from ...attention import AttentionSite
 from ...data.documents import EMBEDDED
+from ...decomposition import SIDES
 from ...embedded import EMBEDDED_MODELS
 from ...errors import UserError
 from ...files import unwritable, write_json
 from ...models import load_model
-from .bench import FEW, LayerBench, Size, rows_of
+from .bench import FEW, LIVE, LayerBench, Size, rows_of
 
 SIZES = {
     "small": Size(
@@ -126,6 +127,8 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     out: dict[str, float | None] = {
         "KL at its L0": kl_of(default) / kl_of(seed),
         "L0 at its KL": _ratio(least(by_l0, kl_of(seed)), base_l0),
+        "its dead": max(default[f"dead_{side}"]["mean"] for side in SIDES),
+        "KL at its live width": kl_of(rows[LIVE, "all pairs", None]) / kl_of(default),
         "mask pairs": float(whole["pairs"]),
         "mask KL": kl_of(whole),
     }
@@ -136,7 +139,7 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
         largest = max(maps, key=lambda row: row["pairs"])
         out[f"KL of the largest map, {name}"] = kl_of(largest)
         out[f"its ΔCE, {name}"] = largest["ce_increase"]["mean"]
-        out[f"its dead, {name}"] = max(largest[f"dead_{side}"]["mean"] for side in ("query", "key"))
+        out[f"its dead, {name}"] = max(largest[f"dead_{side}"]["mean"] for side in SIDES)
         out[f"random over it, {name}"] = kl_of(rows["random", "all pairs", None]) / kl_of(largest)
     for row in layer["rows"]:
         if row.get("adversary"):
@@ -172,22 +175,24 @@ def _ratio(value: float | None, base: float) -> float | None:
 
 
 def scoreboard(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each score its mean over seeds by layer, the median of those over layers, and how many reach it at all."""
+    """For each score its mean and standard deviation over seeds by layer, and the median of the means over layers."""
     by_layer: dict[str, list[dict[str, float | None]]] = {}
     for layer in layers:
         by_layer.setdefault(f"{layer['model']} {layer['layer']}", []).append(scores_of(layer))
     names = dict.fromkeys(name for found in by_layer.values() for scores in found for name in scores)
     table = []
     for name in names:
-        means = {}
+        means, spread = {}, {}
         for key, found in by_layer.items():
             values = [scores.get(name) for scores in found]
             known = [v for v in values if v is not None]
             # A layer where a seed never gets there counts as never: the mean of the others would flatter.
             means[key] = statistics.fmean(known) if len(known) == len(values) else None
+            spread[key] = statistics.stdev(known) if len(known) == len(values) > 1 else None
         reached = [v if v is not None else math.inf for v in means.values()]
         median = statistics.median(reached)
-        table.append({"score": name, "median": median if math.isfinite(median) else None, "by_layer": means})
+        middle = median if math.isfinite(median) else None
+        table.append({"score": name, "median": middle, "by_layer": means, "spread": spread})
     return table
 
 
@@ -210,9 +215,11 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         )
         yield from (row_line(row) for row in layer["rows"])
     yield ""
-    yield "score, median over layers (means over seeds by layer):"
+    yield "score, median over layers (by layer: mean ± standard deviation over seeds):"
     for score in found["scoreboard"]:
-        values = "  ".join(_cell(v) for v in score["by_layer"].values())
+        spread = score["spread"]
+        cells = [(_cell(v), spread[key]) for key, v in score["by_layer"].items()]
+        values = "  ".join(cell if s is None else f"{cell} ±{_cell(s)}" for cell, s in cells)
         yield f"{score['score']:<40} {_cell(score['median']):>8}   ({values})"
 
 
