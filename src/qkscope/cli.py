@@ -88,7 +88,8 @@ class QualityCommand(Config):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of starts and of the order of the text."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
-    """Write every figure here too, after each layer; what it already holds is not run again."""
+    """Write every figure here too, after each layer; what it already holds is not run again. A page with curves is made
+    beside it (.html)."""
     processes: int = Field(default=2, ge=1)
     """Layers at a time, with one thread each; figures do not depend on it."""
 

@@ -12,6 +12,7 @@ from qkscope import cli
 from qkscope.errors import UserError
 from qkscope.evaluate.quality import report
 from qkscope.evaluate.quality.bench import FEW, LIVE, Size
+from qkscope.evaluate.quality.page import curve_of
 from qkscope.evaluate.quality.report import bench_quality, least, scoreboard, scores_of
 
 TINY = Size(
@@ -59,13 +60,15 @@ def layer_of(seed: int = 0, few: float = 0.1) -> dict[str, Any]:
 
 def test_scores_are_ratios_to_the_baseline() -> None:
     scores = scores_of(layer_of())
-    assert scores["KL at its L0"] == pytest.approx(0.5)
-    assert scores["L0 at its KL"] == pytest.approx(0.5)
-    assert scores[f"pairs at its mask's KL, {FEW}"] == pytest.approx(0.1)
-    assert scores["KL at its live width"] == pytest.approx(1.1) and scores["its dead"] == pytest.approx(0.02)
-    share = scores["pairs at its mask's KL, default"]
+    assert scores["KL ÷ seed's, at seed's L0"] == pytest.approx(0.5)
+    assert scores["L0 ÷ seed's, at seed's KL"] == pytest.approx(0.5)
+    assert scores[f"pairs ÷ the mask's, at its KL, {FEW}"] == pytest.approx(0.1)
+    assert scores["KL at the live width ÷ KL, default"] == pytest.approx(1.1) and scores[
+        "dead, default"
+    ] == pytest.approx(0.02)
+    share = scores["pairs ÷ the mask's, at its KL, default"]
     assert share is not None and 0.1 < share < 0.4
-    assert scores["random over it, default"] == pytest.approx(6.0)
+    assert scores["random's KL ÷ the largest map's, default"] == pytest.approx(6.0)
     assert scores["adversary, default"] == pytest.approx(0.7) and scores.get("adversary, seed") is None
 
 
@@ -74,11 +77,11 @@ def test_the_scoreboard_is_a_median_over_layers_of_means_over_seeds() -> None:
     table = {score["score"]: score for score in scoreboard(layers)}
     assert table[f"KL of the largest map, {FEW}"]["median"] == pytest.approx(0.2)
     assert table[f"KL of the largest map, {FEW}"]["spread"]["m 1"] == pytest.approx(0.2 / 2**0.5)
-    assert list(table["KL at its L0"]["by_layer"]) == ["m 1", "m 2", "m 3"]
+    assert list(table["KL ÷ seed's, at seed's L0"]["by_layer"]) == ["m 1", "m 2", "m 3"]
     for layer in layers:
         if layer["layer"] == 3:  # no point of default's reaches the baseline there
             layer["rows"][0] = row("seed", "all pairs", 0.05, 8.0)
-    missed = {score["score"]: score for score in scoreboard(layers)}["L0 at its KL"]
+    missed = {score["score"]: score for score in scoreboard(layers)}["L0 ÷ seed's, at seed's KL"]
     assert missed["by_layer"]["m 3"] is None and missed["median"] == pytest.approx(0.5)
 
 
@@ -130,7 +133,21 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("default", "default, half the L0", LIVE, "random", "svd"):
         assert sum(r["dictionary"] == name and r["method"] == "all pairs" for r in rows) == 1
     printed = capsys.readouterr().out
-    assert "KL at its L0" in printed and "stories-gpt2 layer 1, seed 1" in printed
+    assert "KL ÷ seed's, at seed's L0" in printed and "stories-gpt2 layer 1, seed 1" in printed
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert "stories-gpt2 layer 1" in page and page.count("<figure>") == 6 and "seeds: 2" in page
     path.write_text(json.dumps({"benchmark": "planted"}))
     with pytest.raises(UserError, match="something other"):
         bench_quality("small", ["stories-gpt2"], [1], [0], path, 1)
+
+
+def test_the_curves_of_the_page_are_the_rows() -> None:
+    layers = [layer_of(0, few=0.1), layer_of(1, few=0.3)]
+    by_pairs = sorted(curve_of(layers, FEW, "pairs", "pattern_kl"))
+    assert by_pairs == [(1000, pytest.approx(0.2), [0.2, 0.2]), (4000, pytest.approx(0.2), [0.1, 0.3])]
+    layers[1]["rows"][-6] = row("seed", "mask", 0.4, 8.0, 12_000)  # the mask as it is leaves another count
+    masks = sorted(curve_of(layers, "seed", "pairs", "pattern_kl"))
+    assert [(x, y) for x, y, _ in masks] == [(4000, pytest.approx(0.3)), (11_000, pytest.approx(0.3))]
+    by_l0 = sorted(curve_of(layers[:1], "default", "L0", "pattern_kl"))
+    assert [(x, y) for x, y, _ in by_l0] == [(2, pytest.approx(0.4)), (4, pytest.approx(0.2)), (8, pytest.approx(0.1))]
+    assert [ends for _, _, ends in by_l0] == [pytest.approx([y - 0.01, y + 0.01]) for _, y, _ in by_l0]

@@ -355,7 +355,7 @@ svg{width:100%;height:auto;display:block;overflow:visible}svg text{font-size:11.
 svg .tick{fill:var(--soft);font-size:10.5px}svg .value{font-size:11px}
 .halo{paint-order:stroke;stroke:var(--bg);stroke-width:3px}.a{fill:var(--a)}.a2{fill:var(--a2)}.b{fill:var(--b)}
 .g{fill:var(--g)}.c,.o,.ao{fill:var(--bg);stroke:var(--g);stroke-width:1.5}.ao{stroke:var(--a)}path{fill:none}
-.line{stroke:var(--a);fill:none;stroke-width:1.5}.line.b{stroke:var(--b)}.line.c{stroke:var(--g)}.grid{stroke:var(--hair)}.rule{stroke:var(--soft)}
+.line{stroke:var(--a);fill:none;stroke-width:1.5}.line.b{stroke:var(--b)}.line.c,.line.g{stroke:var(--g)}.grid{stroke:var(--hair)}.rule{stroke:var(--soft)}
 .whisker{stroke:var(--ink);stroke-width:1.1}.dash{stroke:var(--soft);stroke-dasharray:3 3;stroke-width:.8}
 .legend span{margin-right:14px;white-space:nowrap}
 .mark{display:inline-block;width:11px;height:11px;margin-right:4px;vertical-align:-1px}.scroll{overflow-x:auto}

@@ -71,7 +71,7 @@ def _short(value: Any, percent: bool = False) -> str:
     return f"{number(round(100 * value, 3))} %" if finite(value) else charts.DASH
 
 
-def _table(head: list[str], rows: list[list[str]], kind: str = "plain", wide: tuple[int, ...] = ()) -> str:
+def table(head: list[str], rows: list[list[str]], kind: str = "plain", wide: tuple[int, ...] = ()) -> str:
     """A table of HTML cells under plain heads; on a telephone the `wide` columns get a line of their own."""
     heads = [text(words) for words in head]
     attributes = [f'class="wide" data-h="{h}"' if n in wide else f'data-h="{h}"' for n, h in enumerate(heads)]
@@ -81,7 +81,7 @@ def _table(head: list[str], rows: list[list[str]], kind: str = "plain", wide: tu
     return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _figure(title: str, drawing: str, note: str, above: str = "") -> str:
+def framed(title: str, drawing: str, note: str, above: str = "") -> str:
     """A drawing under its title, with how to read it in one line; nothing without a drawing."""
     note = f'<p class="note">{text(note)}</p>'
     return drawing and f"<figure><figcaption>{text(title)}</figcaption>{above}{drawing}{note}</figure>"
@@ -103,7 +103,7 @@ def _summary(folder: Path, found: list[tuple[Path, Layer]]) -> str:
         increase = _value(layer.figure("ce_increase", "map_pruned"))
         rows.append([name, at, *sides, number(layer.figure("pairs", "kept")), *values, increase])
     note = "Held-out text. KL in nats a query row; CE increase in nats a token, under the pruned map's pattern."
-    return f'<section><h2>Summary</h2>{_table(head, rows)}<p class="note">{note}</p></section>'
+    return f'<section><h2>Summary</h2>{table(head, rows)}<p class="note">{note}</p></section>'
 
 
 def _together(folder: Path) -> str:
@@ -119,7 +119,7 @@ def _together(folder: Path) -> str:
     numbers = ", ".join(map(str, found["layers"]))
     note = (f"The patterns of layers {numbers} replaced together, values kept, on {number(found['tokens'])} held-out "
             "tokens: each layer reads what the patched layers below it left.")  # fmt: skip
-    return f'<section><h2>All layers at once</h2>{_table(head, rows)}<p class="note">{note}</p></section>'
+    return f'<section><h2>All layers at once</h2>{table(head, rows)}<p class="note">{note}</p></section>'
 
 
 def layer_section(layer: Layer) -> str:
@@ -193,7 +193,7 @@ def _bars(found: dict[str, Any], title: str, words: str, log: bool) -> str:
 
 def _loss_bars(layer: Layer, key: str) -> str:
     title, words, note = LOSSES[key]
-    return _figure(title, _bars(layer.report[key], title, words, True) if layer.report.get(key) else "", note)
+    return framed(title, _bars(layer.report[key], title, words, True) if layer.report.get(key) else "", note)
 
 
 def _kl_bars(layer: Layer) -> str:
@@ -201,7 +201,7 @@ def _kl_bars(layer: Layer) -> str:
     drawing = _bars({**layer.report.get("pattern_kl", {}), **controls}, "Pattern KL", "nats a query row", False)
     said = "Outlined: controls (key features permuted; untrained dictionaries and SVD at the same L0)."
     note = "KL(true ‖ reproduced), mean over query rows and heads; shorter is better. "
-    return _figure("Pattern KL", drawing, note + (said if controls else "No controls were measured."))
+    return framed("Pattern KL", drawing, note + (said if controls else "No controls were measured."))
 
 
 def _pair_curve(layer: Layer) -> str:
@@ -215,7 +215,7 @@ def _pair_curve(layer: Layer) -> str:
     drawing = charts.plot(series, title, "pairs kept (log)", "nats (log)", x_log=True, guides=guides)
     note = ("Filled: the final map cut to its most important pairs without retraining, on held-out text. Hollow: "
             "training-set figures where a training phase ended.")  # fmt: skip
-    return _figure(title, drawing, note, legend([(s.kind, s.name) for s in series if s.points]))
+    return framed(title, drawing, note, legend([(s.kind, s.name) for s in series if s.points]))
 
 
 def _faithful(layer: Layer) -> str:
@@ -243,7 +243,7 @@ def _faithful(layer: Layer) -> str:
             f"{kept} to {worst} in {steps} steps ({chance} at random, {whole} with all of them on; "
             f"{number(layer.figure('faithful', 'adversary_tokens'))} tokens)."
         )
-    return _figure(title, drawing, note, legend([(s.kind, s.name) for s in series]))
+    return framed(title, drawing, note, legend([(s.kind, s.name) for s in series]))
 
 
 def _histogram(layer: Layer, side: str) -> str:
@@ -256,7 +256,7 @@ def _histogram(layer: Layer, side: str) -> str:
     note = (
         f"{width - live:,} of {width:,} never fired and are not drawn; {_short(dense, True)} fire on more than 10 % of "
     )
-    return _figure(title, drawing, note + "tokens (dashed line).")
+    return framed(title, drawing, note + "tokens (dashed line).")
 
 
 def _heads(layer: Layer) -> str:
@@ -272,7 +272,7 @@ def _heads(layer: Layer) -> str:
         "A row a head. On the left less is better, on the right more. Full dot over light one: pruning costs nothing."
     )
     drawing = charts.head_dots(rows, "Pattern KL and top-1 by head") if rows else ""
-    return _figure("Each head", drawing, note, legend([(kind, NAMES[v]) for v, kind in kinds.items()]))
+    return framed("Each head", drawing, note, legend([(kind, NAMES[v]) for v, kind in kinds.items()]))
 
 
 def _curve(layer: Layer) -> str:
@@ -283,7 +283,7 @@ def _curve(layer: Layer) -> str:
         breaks[phase] = before
         before += lines[-1]["tokens"]
     drawing = charts.plot(series, "Training", "training tokens, all phases", "pattern KL, nats (log)", breaks=breaks)
-    return _figure("Training", drawing, "Means of logged steps on training text; dashed: where a phase begins.")
+    return framed("Training", drawing, "Means of logged steps on training text; dashed: where a phase begins.")
 
 
 def _all_figures(layer: Layer) -> str:
@@ -295,12 +295,12 @@ def _all_figures(layer: Layer) -> str:
         if any(figures):
             both = [(f, f and f.get("without_position_0")) for f in figures]
             rows.append([text(name), *(_value(f) for two in both for f in two)])
-    tables = _table(["pattern", *(w for m in metrics for w in (m, f"{m}, without position 0"))], rows)
+    tables = table(["pattern", *(w for m in metrics for w in (m, f"{m}, without position 0"))], rows)
     if recovered := layer.report.get("recovered"):
         rows = [[text(NAMES.get(v, v)), *(_value(f.get(m), 100, " %") for f in by.values() for m in ("ce", "logit_kl"))]
                 for v, by in recovered.items()]  # fmt: skip
         of = [f"{what} of {NAMES.get(a, a)}" for a in next(iter(recovered.values())) for what in ("CE", "logit KL")]
-        tables += "<p>Share of an ablation's damage that is recovered</p>" + _table(["pattern", *of], rows)
+        tables += "<p>Share of an ablation's damage that is recovered</p>" + table(["pattern", *of], rows)
     for side in SIDES:
         kept, share = (layer.figure("pairs", f"with_{side}_bias", key) for key in ("kept", "importance"))
         tables += (
@@ -363,7 +363,7 @@ def _pair_table(layer: Layer, title: str, pairs: list[dict[str, Any]]) -> str:
                 "importance along such links (last column, on held-out text) first. " + note)  # fmt: skip
         head.append("along links, mnat")
     opening = f'<h3>{title}</h3><p class="note">{note}</p>'
-    return opening + _table(head, rows, "pairs tokens", (2, 3)) if rows else ""
+    return opening + table(head, rows, "pairs tokens", (2, 3)) if rows else ""
 
 
 def _truth(layer: Layer) -> str:
@@ -388,7 +388,7 @@ def _truth(layer: Layer) -> str:
             "along links, to what the query's token, or the next one, answers to (a name's last mention, a bracket's "
             "partner, a verb's subject, the same word of the song); in pairs with most of theirs there.")  # fmt: skip
     opening = f'<h3>Against what is known</h3><p class="note">{note}</p>'
-    return opening + _table(head, rows) + _head_roles(layer)
+    return opening + table(head, rows) + _head_roles(layer)
 
 
 def _head_roles(layer: Layer) -> str:
@@ -402,7 +402,7 @@ def _head_roles(layer: Layer) -> str:
             f"when the head may not: on {number(layer.figure('tokens', 'heads'))} held-out tokens, not those the roles "
             "were chosen on. Attention: share of all its attention (of uniform attention).")  # fmt: skip
     head = ["head", "from", "to", "attention", "CE increase without"]
-    return f'<h3>What the heads do</h3><p class="note">{note}</p>{_table(head, rows)}' if rows else ""
+    return f'<h3>What the heads do</h3><p class="note">{note}</p>{table(head, rows)}' if rows else ""
 
 
 def _densest(layer: Layer) -> str:
@@ -416,7 +416,7 @@ def _densest(layer: Layer) -> str:
             "most important pair.")  # fmt: skip
     head = ["fires on", "feature", "mean", "max", "pairs", "importance, mnat", "by position", "partner"]
     opening = f'<h3>Densest features</h3><p class="note">{note}</p>'
-    return opening + _table(head, rows, "dense tokens", (1,)) if rows else ""
+    return opening + table(head, rows, "dense tokens", (1,)) if rows else ""
 
 
 def _partner(layer: Layer, feature: dict[str, Any]) -> str:

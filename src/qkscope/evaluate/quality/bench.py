@@ -195,3 +195,8 @@ def _pruned(
         if count == size.adversary_count:
             row["adversary"] = bench.adversary(made)
         yield row
+
+
+def whole_mask(layer: dict[str, Any]) -> dict[str, Any]:
+    """The row of the trained mask as it is, before it is cut to a count."""
+    return max((row for row in layer["rows"] if row["method"] == "mask"), key=lambda row: row["pairs"])

@@ -27,7 +27,8 @@ from ...embedded import EMBEDDED_MODELS
 from ...errors import UserError
 from ...files import unwritable, write_json
 from ...models import load_model
-from .bench import FEW, LIVE, LayerBench, Size, rows_of
+from .bench import FEW, LIVE, LayerBench, Size, rows_of, whole_mask
+from .page import write_scoreboard
 
 SIZES = {
     "small": Size(
@@ -71,6 +72,7 @@ def bench_quality(
     found["scoreboard"] = scoreboard(found["layers"])
     if path is not None:
         write_json(path, found)
+        write_scoreboard(path.with_suffix(".html"), found)
     print("\n".join(lines(found)))
     return found
 
@@ -121,26 +123,26 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     """One layer and seed: ratios to the baseline, and what stands alone."""
     rows = {(row["dictionary"], row["method"], row.get("asked")): row for row in layer["rows"]}
     seed, default = rows["seed", "all pairs", None], rows["default", "all pairs", None]
-    whole = max((row for row in layer["rows"] if row["method"] == "mask"), key=lambda row: row["pairs"])
+    whole = whole_mask(layer)
     by_l0 = [(row["l0_query"]["mean"] + row["l0_key"]["mean"], kl_of(row)) for row in layer["rows"] if _of_default(row)]
     base_l0 = seed["l0_query"]["mean"] + seed["l0_key"]["mean"]
     out: dict[str, float | None] = {
-        "KL at its L0": kl_of(default) / kl_of(seed),
-        "L0 at its KL": _ratio(least(by_l0, kl_of(seed)), base_l0),
-        "its dead": max(default[f"dead_{side}"]["mean"] for side in SIDES),
-        "KL at its live width": kl_of(rows[LIVE, "all pairs", None]) / kl_of(default),
-        "mask pairs": float(whole["pairs"]),
-        "mask KL": kl_of(whole),
+        "KL ÷ seed's, at seed's L0": kl_of(default) / kl_of(seed),
+        "L0 ÷ seed's, at seed's KL": _ratio(least(by_l0, kl_of(seed)), base_l0),
+        "dead, default": max(default[f"dead_{side}"]["mean"] for side in SIDES),
+        "KL at the live width ÷ KL, default": kl_of(rows[LIVE, "all pairs", None]) / kl_of(default),
+        "pairs of seed's mask": float(whole["pairs"]),
+        "KL of seed's mask": kl_of(whole),
     }
     for name in ("default", FEW):
         maps = [row for row in layer["rows"] if row["dictionary"] == name and row["method"] == "prune and tune"]
         needed = least([(float(row["pairs"]), kl_of(row)) for row in maps], kl_of(whole))
-        out[f"pairs at its mask's KL, {name}"] = _ratio(needed, whole["pairs"])
+        out[f"pairs ÷ the mask's, at its KL, {name}"] = _ratio(needed, whole["pairs"])
         largest = max(maps, key=lambda row: row["pairs"])
         out[f"KL of the largest map, {name}"] = kl_of(largest)
-        out[f"its ΔCE, {name}"] = largest["ce_increase"]["mean"]
-        out[f"its dead, {name}"] = max(largest[f"dead_{side}"]["mean"] for side in SIDES)
-        out[f"random over it, {name}"] = kl_of(rows["random", "all pairs", None]) / kl_of(largest)
+        out[f"ΔCE of the largest map, {name}"] = largest["ce_increase"]["mean"]
+        out[f"dead in the largest map, {name}"] = max(largest[f"dead_{side}"]["mean"] for side in SIDES)
+        out[f"random's KL ÷ the largest map's, {name}"] = kl_of(rows["random", "all pairs", None]) / kl_of(largest)
     for row in layer["rows"]:
         if row.get("adversary"):
             out[f"adversary, {row['dictionary']}"] = row["adversary"]["logit_kl"]["adversary"]["mean"]
