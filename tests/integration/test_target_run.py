@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,13 @@ def test_what_a_target_does_not_go_with(
 ) -> None:
     call(words(tmp_path / "run", changes)).complaint(*parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_every_member_of_a_sweep_finds_its_own(run: Callable[..., Path]) -> None:
+    out = run({**TARGET, "target.max-kl": 1.2, "sweep.width": (16, 32), "dictionary.activation": "jumprelu"})
+    for name in ("w16", "w32"):
+        report = read_json(out / name / "layer_0" / "report.json")
+        assert report["target"]["max_kl"] == 1.2
+        steps = (out / name / "layer_0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        l0 = [line["l0_query"] for line in map(json.loads, steps) if line["phase"] == "step1"]
+        assert l0[-1] != pytest.approx(4.0, abs=0.05)  # where k began
