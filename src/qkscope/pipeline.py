@@ -387,8 +387,9 @@ class _Runner:
 
     def _importance(self, job: MapJob, sample: list[AttentionInputs]) -> torch.Tensor:
         """Importance of a job's pairs at their present strengths, nats [P]."""
+        training = job.training
         plain = pair_importance(job.pairs, sample, job.query, job.key)
-        job.train()
+        job.train(training)
         return plain * job.factor_P.detach().square()
 
     def _selected(self, job: Job) -> MapJob:

@@ -83,3 +83,13 @@ def test_every_member_of_a_sweep_finds_its_own(run: Callable[..., Path]) -> None
         steps = (out / name / "layer_0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         l0 = [line["l0_query"] for line in map(json.loads, steps) if line["phase"] == "step1"]
         assert l0[-1] != pytest.approx(4.0, abs=0.05)  # where k began
+
+
+@pytest.mark.parametrize("bound", ["target.max-kl", "pairs.max-kl"])
+def test_judging_a_map_leaves_its_thresholds(run: Callable[..., Path], bound: str) -> None:
+    """As many features are active in the artefact as were in training."""
+    layer = run({**TARGET, bound: 5.0}) / "layer_0"
+    lines = [json.loads(line) for line in (layer / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = read_json(layer / "report.json")["l0"]
+    for side in ("query", "key"):
+        assert found[side]["mean"] == pytest.approx(lines[-1][f"l0_{side}"], rel=0.35)

@@ -393,11 +393,11 @@ def _truth(layer: Layer) -> str:
 
 def _head_roles(layer: Layer) -> str:
     rows = []
-    for table in layer.truth.get("heads", []):
-        for place, row in enumerate(table["role_pairs"][:HEAD_ROLES]):
+    for head in layer.truth.get("heads", []):
+        for place, row in enumerate(head["role_pairs"][:HEAD_ROLES]):
             attention = f"{_short(row['attention'], True)} ({_short(row['uniform'], True)})"
             names = [text(row[side]) for side in SIDES]
-            rows.append([str(table["head"]) if not place else "", *names, attention, _value(row.get("ce_increase"))])
+            rows.append([str(head["head"]) if not place else "", *names, attention, _value(row.get("ce_increase"))])
     note = ("Between which roles each head attends more than evenly, by what the model's loss gains, in nats a token, "
             f"when the head may not: on {number(layer.figure('tokens', 'heads'))} held-out tokens, not those the roles "
             "were chosen on. Attention: share of all its attention (of uniform attention).")  # fmt: skip
