@@ -198,7 +198,7 @@ class _Runner:
         else:
             self.seconds = dict(saved[1].notes.get("seconds", {}))
             for job in jobs:  # a target has changed it
-                job.query.k, job.key.k = saved[1].notes["k"].get(job.name, (job.query.k, job.key.k))
+                job.query.k, job.key.k = saved[1].notes.get("k", {}).get(job.name, (job.query.k, job.key.k))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0:
             if phases and self.config.pairs.method == "mask" and not (saved and saved[1].done):

@@ -79,6 +79,8 @@ def require_target(config: RunConfig, variants: Iterable[RunConfig], sites: Sequ
         return
     if pairs.max_kl is not None:
         raise UserError(f"--pairs.max-kl {pairs.max_kl:g}: --target bounds the pairs too; leave one of them out")
+    if pairs.tokens == 0:
+        raise UserError("--pairs.tokens 0: a --target prunes by tune, which trains; leave one of them out")
     if pairs.method != "tune":
         raise UserError(f"--pairs.method {pairs.method}: a --target prunes by tune; leave one of them out")
     for k in config.sweep.k:

@@ -61,6 +61,7 @@ def test_a_bound_on_cross_entropy(words: Callable, call: Callable, tmp_path: Pat
         ({"target.max-kl": 0}, ("--target.max_kl 0",)),
         ({"target.max-kl": 0.1, "target.share": 1}, ("--target.share 1",)),
         ({"target.max-kl": 0.1, "pairs.max-kl": 0.2}, ("--pairs.max-kl 0.2", "leave one of them out")),
+        ({"target.max-kl": 0.1, "pairs.tokens": 0}, ("--pairs.tokens 0", "leave one of them out")),
         ({"target.max-kl": 0.1, "pairs.method": "refit"}, ("--pairs.method refit", "leave one of them out")),
         ({"target.max-kl": 0.1, "dictionary.recipe": "seed"}, ("activation relu (recipe seed)", "finds k")),
         ({"target.max-kl": 0.1, "dictionary.activation": "topk"}, ("activation topk", "finds k")),
