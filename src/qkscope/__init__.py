@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .decomposition import Decomposition
     from .errors import UserError
+    from .explain.intervene import Feature, Pair
     from .pipeline import Run, run
 
 try:
@@ -30,13 +31,15 @@ except PackageNotFoundError:  # a checkout on the path, not installed
 _HOMES = {
     "AttentionSite": "attention",
     "Decomposition": "decomposition",
+    "Feature": "explain.intervene",
+    "Pair": "explain.intervene",
     "Run": "pipeline",
     "RunConfig": "config",
     "UserError": "errors",
     "run": "pipeline",
 }
 
-__all__ = ["AttentionSite", "Decomposition", "Run", "RunConfig", "UserError", "run"]
+__all__ = ["AttentionSite", "Decomposition", "Feature", "Pair", "Run", "RunConfig", "UserError", "run"]
 
 
 def __getattr__(name: str) -> Any:

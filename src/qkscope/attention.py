@@ -152,6 +152,13 @@ class AttentionSite:
         with self._handle(lambda inputs: pattern(inputs)):
             yield
 
+    def intervene(self, dec: Any, ablate: Sequence[Any] = (), **edit: Any) -> Any:
+        """While open, features and pairs of this layer's QK circuit are ablated, scaled or added: a context manager
+        (see explain/intervene.py, where its options stand)."""
+        from .explain.intervene import intervene  # a convenience that reaches up; nothing here depends on it
+
+        return intervene(self, dec, ablate, **edit)
+
     @contextmanager
     def _handle(self, on_inputs: Callable[[AttentionInputs], Tensor | None]) -> Iterator[None]:
         arguments: dict[str, Any] = {}
@@ -168,6 +175,10 @@ class AttentionSite:
                 rule = replace(rule, rotary=rotary)
                 q, k = rotary.unrotate(q), rotary.unrotate(k)
             x = arguments["hidden_states"]
+            if x.shape[1] != k.shape[1]:
+                raise UserError(
+                    f"layer {self.layer} reads cached keys, whose inputs are gone; generate with use_cache=False"
+                )
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             return on_inputs(AttentionInputs(x, q, k, rule, real))
 

@@ -24,6 +24,8 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
 
   run        decompose layers of a model: harvest, both training steps, evaluation, report
   evaluate   measure a finished run again and write its report anew
+  trace      one prompt's attention, and the pairs behind one edge of it
+  study      which heads do what a set of prompts asks for, by which pairs, and what goes without them
   compare    what of one run's features and pairs recurs in another's
   bench      planted: every method on layers whose features and pairs are known
              quality: beside the published recipe, on layers of real models
@@ -61,6 +63,57 @@ class CompareCommand(Config):
     """Write every figure here too."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
+
+
+class TraceCommand(Config):
+    """What one prompt's scores are made of, pair by pair, and why a head looks here and not there."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A finished run's folder, or a layer's in it."""
+    prompt: str
+    """The text; it is read as the run's own text was, BOS before it."""
+    layer: int | None = None
+    """Of a run with several."""
+    head: int | None = None
+    """Empty: what every head attends to."""
+    query: int = -1
+    """Position of the query; negative: from the end."""
+    key: int | None = None
+    """Position of the key; empty: the most attended one."""
+    against: tuple[int, ...] = ()
+    """Keys that it is held against; empty: the strongest others."""
+    pairs: Literal["kept", "all"] = "kept"
+    """Pairs in the account of the score: those kept, or all that are active there."""
+    top: int = Field(default=10, ge=1)
+    """Pairs that are listed."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too."""
+
+
+class StudyCommand(Config):
+    """Which heads do what a set of prompts asks for, by which pairs, and what ablating those pairs does."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A finished run's folder, or a layer's in it."""
+    prompts: str
+    """ioi, dates, years, induction, brackets, agreement; or a .jsonl file: a prompt a line, places marked {NAME:words}
+    (docs/explain.md)."""
+    layer: int | None = None
+    """Empty: all of the run's."""
+    head: tuple[int, ...] = ()
+    """Heads to look into; empty: those that matter most to the choice of the next token."""
+    heads: int = Field(default=2, ge=1)
+    """How many, where none are named."""
+    target: str | None = None
+    """The mark that heads are to look at; empty: the set's own."""
+    count: int = Field(default=64, ge=4)
+    """Prompts: one half chooses heads and pairs, the other is reported."""
+    seed: int = Field(default=0, ge=0)
+    """Of a ready set's prompts."""
+    top: int = Field(default=5, ge=1)
+    """Pairs listed a mark."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too."""
 
 
 class PlantedCommand(Config):
@@ -130,6 +183,16 @@ def _dispatch(argv: list[str]) -> None:
 
         chosen = _parse(EvaluateCommand, rest, "qkscope evaluate", {})
         evaluate_folder(chosen.folder, device=chosen.device)
+    elif command == "trace":
+        from .explain.show_trace import trace_prompt
+
+        chosen = _parse(TraceCommand, rest, "qkscope trace", {})
+        trace_prompt(**dict(chosen))
+    elif command == "study":
+        from .explain.show_study import study
+
+        chosen = _parse(StudyCommand, rest, "qkscope study", {})
+        study(**dict(chosen))
     elif command == "compare":
         from .evaluate.compare import compare_runs
 
@@ -138,7 +201,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "bench":
         _bench(rest)
     else:
-        known = ["run", "evaluate", "compare", "bench"]
+        known = ["run", "evaluate", "trace", "study", "compare", "bench"]
         raise UserError(f"unknown command {command!r}{nearest(command, known)}; see qkscope --help")
 
 

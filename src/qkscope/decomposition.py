@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,9 @@ from .files import read_tensors, write_atomic, write_tensors
 from .kernels.row_kl import exp
 from .pairs.pair_map import Pairs, pair_scores, rows, with_bias
 from .pattern import AttentionInputs, PatternSource
+
+if TYPE_CHECKING:
+    from .explain.trace import Trace
 
 SIDES = ("query", "key")
 TENSORS = ("W_enc", "b_enc", "b_in", "W_dec", "b_out", "threshold")
@@ -104,6 +107,12 @@ class Decomposition:
             rows(self.key, self.shape.G),
             inputs.rule,
         )
+
+    def trace(self, site: Any, prompt: str, head: int = 0) -> Trace:
+        """One prompt in this layer: its patterns, and the pairs behind them (see explain/trace.py)."""
+        from .explain.trace import trace  # a convenience that reaches up; nothing here depends on it
+
+        return trace(self, site, prompt, head)
 
     def to(self, device: str | torch.device) -> Decomposition:
         self.query.to(device)

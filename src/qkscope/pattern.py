@@ -59,10 +59,11 @@ class PatternRule:
         """The same mask, and nothing else: scores are bare products."""
         return PatternRule(self.visible_BQK, 1.0)
 
-    def crop(self, length: int) -> PatternRule:
-        """The rule for the first `length` positions of the first sequence."""
-        visible = self.visible_BQK[:1, :length, :length]
-        return replace(self, visible_BQK=visible, rotary=self.rotary and self.rotary.of_sequence(0, length))
+    def crop(self, length: int, b: int = 0) -> PatternRule:
+        """The rule for the first `length` positions of one sequence."""
+        row = b if len(self.visible_BQK) > 1 else 0
+        visible = self.visible_BQK[row : row + 1, :length, :length]
+        return replace(self, visible_BQK=visible, rotary=self.rotary and self.rotary.of_sequence(b, length))
 
     def log_pattern(self, q_BTNH: Tensor, k_BTGH: Tensor) -> Tensor:
         """Log of the attention pattern, float32 [B, N, Q, K] (one more column with a sink); -inf where masked."""

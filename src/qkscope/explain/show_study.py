@@ -1,0 +1,116 @@
+"""`qkscope study`: which heads do what a prompt set asks for, and by which pairs, as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..data.prompt_sets import READY, ready_set
+from ..data.prompts import PromptSet, ask, read_prompts
+from ..decomposition import Decomposition
+from ..errors import UserError
+from ..files import unwritable, write_json
+from .names import FeatureNames
+from .opening import open_layers
+from .study import REMOVED, study_layer
+
+
+def study(
+    folder: Path,
+    prompts: str,
+    *,
+    layer: int | None = None,
+    head: tuple[int, ...] = (),
+    heads: int = 2,
+    target: str | None = None,
+    count: int = 64,
+    seed: int = 0,
+    top: int = 5,
+    json_file: Path | None = None,
+) -> dict[str, Any]:
+    """Study a run's layers on a prompt set, print what was found and write it.
+
+    `prompts`: a ready set or a JSONL file; `target`: another mark than the set's own to look at.
+    """
+    if json_file is not None and (wrong := unwritable(json_file)):
+        raise UserError(f"--json {json_file}: {wrong}; name a file")
+    if prompts in READY or not Path(prompts).suffix:
+        ready_set(prompts)  # before a model is loaded
+    found: dict[str, Any] = {"prompts": prompts, "count": count, "seed": seed, "layers": []}
+    for dec, site in open_layers(folder, layer):
+        chosen = _chosen(prompts, target, seed)
+        most = getattr(site.model.config, "max_position_embeddings", None)
+        asked = ask(chosen, site.tokenizer, dec.config.data, count, most)
+        if chosen.target not in asked.marks:
+            raise UserError(
+                f"--target {chosen.target}: the prompts have the marks {', '.join(asked.marks) or '(none)'}"
+            )
+        row = study_layer(dec, site, asked, chosen.target, chosen.family, heads=head or heads, top=top)
+        found |= {"target": chosen.target, "family": list(chosen.family)}
+        found["layers"].append(row)
+        print("\n".join(_layer(dec, row, chosen)))
+    if json_file is not None:
+        write_json(json_file, found)
+    return found
+
+
+def _chosen(prompts: str, target: str | None, seed: int) -> PromptSet:
+    found = ready_set(prompts, seed) if prompts in READY else read_prompts(Path(prompts), target)
+    if target is None or target == found.target:
+        return found
+    return PromptSet(found.name, found.prompts, target, (target,))
+
+
+def _layer(dec: Decomposition, row: dict[str, Any], asked: PromptSet) -> Iterator[str]:
+    names = FeatureNames.of(dec.folder)
+    prompts = row["prompts"]
+    said = f"{asked.name}, layer {row['layer']}: {prompts['reported']} prompts reported, {prompts['choosing']} chose"
+    if row["difference"]:
+        said += f"; log p(right) - log p(wrong) {_cell(row['difference'], '.2f')}"
+    yield said
+    for found in row["heads"]:
+        n = found["head"]
+        yield f"\n  head {n}   from the last token: model → transcoders → pruned map"
+        for mark, kinds in row["attention"][n].items():
+            true, whole, pruned = (kinds[kind]["mean"] for kind in ("true", "reconstructed", "pruned"))
+            yield f"    {mark:<8} {true:.3f} → {whole:.3f} → {pruned:.3f}"
+        if lost := found["without_target"]["difference"]:
+            yield f"    unable to look at {asked.target}: right over wrong {_cell(lost, '+.2f')}"
+        for mark, pairs in found["pairs"].items():
+            yield f"    pairs to {mark}, in nats of its log-odds against the rest of the row:"
+            yield from (f"      {_pair(p, names)}" for p in pairs)
+        if "ablation" in found:
+            yield from _ablation(found["ablation"], names)
+    yield ""
+
+
+def _ablation(found: dict[str, Any], names: FeatureNames) -> Iterator[str]:
+    effect, many = found["effect"], len(found["pairs"])
+    aim = f"{REMOVED:.0%} of the attention to {', '.join(found['family'])}"
+    yield f"    without {many} pair{'s' * (many > 1)}, chosen to take {aim}:"
+    yield from (f"      {_pair(p, names)}" for p in found["pairs"])
+    yield f"      {'':<30}{'attention there':>16}{'taken':>7}{'right over wrong':>18}{'row':>8}{'other rows':>12}"
+    before = effect["before"]
+    yield _line("before", before["attention"], None, before.get("difference"), None, None)
+    rows = {"without them": effect, **{f"control: {name}": c for name, c in found["controls"].items()}}
+    for name, e in rows.items():
+        yield _line(name, e["attention"], e["removed"], e.get("difference"), e["row"], e["other_rows"])
+
+
+def _line(name: str, attention: Any, removed: Any, difference: Any, row: Any, others: Any) -> str:
+    taken = "" if removed is None else f"{removed:.0%}"
+    moved = ["" if figure is None else f"{figure['mean']:.1%}" for figure in (row, others)]
+    right = "" if difference is None else _cell(difference, ".2f")
+    cells = f"{_cell(attention, '.3f'):>16}{taken:>7}{right:>18}{moved[0]:>8}{moved[1]:>12}"
+    return f"      {name:<30}{cells}".rstrip()
+
+
+def _pair(pair: dict[str, Any], names: FeatureNames) -> str:
+    return f"{pair['nats']:+6.2f}  {names.pair(pair['query_feature'], pair['key_feature'])}"
+
+
+def _cell(figure: dict[str, Any], form: str) -> str:
+    """A mean and half its 95 % interval."""
+    half = "" if figure["ci95"] is None else f" ±{format(figure['ci95'][1] - figure['mean'], form.lstrip('+'))}"
+    return format(figure["mean"], form) + half
