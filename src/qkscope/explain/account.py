@@ -45,13 +45,15 @@ class Account:
         """What all pairs add together."""
         return float(self.value_S.double().sum())
 
-    def fewest(self, share: float = EXPLAINED) -> int | None:
-        """How many of the largest terms add up to the total within 1 - share of it; None where not even all do.
+    def fewest(self, share: float = EXPLAINED, total: float | None = None) -> int | None:
+        """How many of the largest terms add up to the total within 1 - share of it; None where no number does.
 
         Terms are taken by size, helping and hindering alike: a set picked to cancel its own excess does not count.
+        `total`: another number than the account's, e.g. what all its pairs come to.
         """
-        left = (self.value_S.double().cumsum(0) - self.total).abs()
-        enough = (left <= (1 - share) * abs(self.total)).nonzero()
+        total = self.total if total is None else total
+        left = (self.value_S.double().cumsum(0) - total).abs()
+        enough = (left <= (1 - share) * abs(total)).nonzero()
         return int(enough[0]) + 1 if len(enough) else None
 
     def top(self, count: int) -> list[tuple[int, int, float]]:
