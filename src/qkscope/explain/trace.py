@@ -252,7 +252,7 @@ def trace(dec: Decomposition, site: AttentionSite, prompt: str, head: int = 0) -
     """
     if site.layer != dec.layer:
         raise UserError(
-            f"the decomposition is of layer {dec.layer} and the site of layer {site.layer}; open that layer"
+            f"the decomposition is of layer {dec.layer}, the site of layer {site.layer}; open that layer"
         )
     tokens_BT = prompt_tokens(dec, site, prompt)
     texts = token_texts(site.tokenizer, sorted(set(tokens_BT[0].tolist())))
