@@ -146,8 +146,8 @@ def test_a_constant_along_the_row_explains_nothing() -> None:
 
 def replace_pairs(dec: Decomposition, keep_P: Tensor) -> Decomposition:
     index = keep_P.nonzero()[:, 0]
-    values = (t[index] for t in (dec.strength_P, dec.weight_strength_P, dec.importance_P))
-    return Decomposition(dec.layer, dec.shape, dec.query, dec.key, dec.pairs.take(index), *values, dec.config)
+    strength, weight, worth = (t[index] for t in (dec.strength_P, dec.weight_strength_P, dec.importance_P))
+    return replace(dec, pairs=dec.pairs.take(index), strength_P=strength, weight_strength_P=weight, importance_P=worth)
 
 
 def test_with_every_pair_at_its_weight_nothing_is_dropped() -> None:
@@ -155,7 +155,7 @@ def test_with_every_pair_at_its_weight_nothing_is_dropped() -> None:
     dec = some_decomposition(inputs)
     pairs = pairs_of(inputs, (dec.query, dec.key))
     ones = torch.ones(len(pairs))
-    whole = Decomposition(dec.layer, dec.shape, dec.query, dec.key, pairs, ones, ones, ones, dec.config)
+    whole = replace(dec, pairs=pairs, strength_P=ones, weight_strength_P=ones, importance_P=ones)
     account = Trace.of_batch(whole, inputs, B, 7, 2).terms(4, 2)
     assert abs(account.rest["dropped"]) < 1e-4
     close(torch.tensor(account.pairs + account.rest["error"]), torch.tensor(account.total))

@@ -236,9 +236,7 @@ def intervene(
 ) -> Iterator[Watched]:
     """While open, the layer's pattern is the edited one (see `Edit.of`)."""
     if site.layer != dec.layer:
-        raise UserError(
-            f"the decomposition is of layer {dec.layer}, the site of layer {site.layer}; open that layer"
-        )
+        raise UserError(f"the decomposition is of layer {dec.layer}, the site of layer {site.layer}; open that layer")
     edit, watched = Edit.of(dec, ablate, scale, add, base), Watched(site)
 
     def source(inputs: AttentionInputs) -> Tensor:

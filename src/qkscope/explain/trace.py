@@ -251,9 +251,7 @@ def trace(dec: Decomposition, site: AttentionSite, prompt: str, head: int = 0) -
     `UserError` for an empty prompt, one that the model's positions do not hold, and a head that is not there.
     """
     if site.layer != dec.layer:
-        raise UserError(
-            f"the decomposition is of layer {dec.layer}, the site of layer {site.layer}; open that layer"
-        )
+        raise UserError(f"the decomposition is of layer {dec.layer}, the site of layer {site.layer}; open that layer")
     tokens_BT = prompt_tokens(dec, site, prompt)
     texts = token_texts(site.tokenizer, sorted(set(tokens_BT[0].tolist())))
     (inputs,) = harvest([site], tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
