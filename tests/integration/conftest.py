@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import small_runs
-from small_runs import Said
+from small_runs import OPTIONS, Said
+
+from qkscope.cli import main
+from qkscope.embedded import EMBEDDED_MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """70 documents of 40 words."""
     return small_runs.save_text(tmp_path_factory.mktemp("text") / "words.parquet")
+
+
+@pytest.fixture(scope="session", params=EMBEDDED_MODELS)
+def embedded_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run of layer 2 of each embedded model on its own corpus."""
+    out = tmp_path_factory.mktemp("embedded") / "run"
+    options = {**OPTIONS, "layers": 2, "data.context": 96, "out": out, "training.batch-tokens": 400}
+    words = ["run", *(w for name, value in options.items() for w in (f"--{name}", str(value)))]
+    with small_runs.small_constants():
+        main([*words, *(["--model", request.param] if request.param != "stories-gpt2" else [])])
+    return out
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from small_runs import OPTIONS, read_json, small_constants
+from small_runs import read_json
 
-from qkscope.cli import main
 from qkscope.data.stories import NAMES
 from qkscope.decomposition import Decomposition
 from qkscope.embedded import EMBEDDED_MODELS
@@ -15,21 +13,11 @@ from qkscope.embedded import EMBEDDED_MODELS
 CONTROLS = ("shuffled", "random", "svd", "residual")
 
 
-@pytest.fixture(scope="module", params=EMBEDDED_MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("embedded") / "run"
-    options = {**OPTIONS, "layers": 2, "data.context": 96, "out": out, "training.batch-tokens": 400}
-    words = ["run", *(w for name, value in options.items() for w in (f"--{name}", str(value)))]
-    with small_constants():
-        main([*words, *(["--model", request.param] if request.param != "stories-gpt2" else [])])
-    return out
-
-
-def test_the_report_compares_with_what_is_known(folder: Path) -> None:
-    truth = read_json(folder / "layer_2" / "report.json")["truth"]
+def test_the_report_compares_with_what_is_known(embedded_run: Path) -> None:
+    truth = read_json(embedded_run / "layer_2" / "report.json")["truth"]
     assert set(truth) == {"decomposition", *CONTROLS}
-    details = read_json(folder / "layer_2" / "truth.json")
-    dec = Decomposition.load(folder / "layer_2")
+    details = read_json(embedded_run / "layer_2" / "truth.json")
+    dec = Decomposition.load(embedded_run / "layer_2")
     assert [len(details["features"][s]) for s in ("query", "key")] == [dec.query.width, dec.key.width]
     assert len(details["pairs"]) == len(dec.pairs) and len(details["heads"]) == dec.shape.N
     for side in ("query", "key"):
@@ -42,12 +30,12 @@ def test_the_report_compares_with_what_is_known(folder: Path) -> None:
             assert 0 <= f["precision"] <= 1 and 0 <= f["recall"] <= 1 and 0 <= f["f1"] <= 1
 
 
-def test_the_page_says_it(folder: Path) -> None:
-    page = (folder / "report.html").read_text(encoding="utf-8")
+def test_the_page_says_it(embedded_run: Path) -> None:
+    page = (embedded_run / "report.html").read_text(encoding="utf-8")
     assert "Against what is known" in page and "What the heads do" in page and "residual basis" in page
 
 
-def test_the_run_names_the_model_and_not_its_place(folder: Path) -> None:
-    config = (folder / "config.yaml").read_text(encoding="utf-8")
+def test_the_run_names_the_model_and_not_its_place(embedded_run: Path) -> None:
+    config = (embedded_run / "config.yaml").read_text(encoding="utf-8")
     assert "source: embedded" in config and "model: stories-" in config
     assert str(Path(next(iter(EMBEDDED_MODELS.values()))).parent) not in config

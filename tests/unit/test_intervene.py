@@ -231,10 +231,9 @@ def test_generation_goes_on_from_the_edited_logits() -> None:
 
 def test_cached_keys_are_refused() -> None:
     site, dec, tokens = running("llama", 1)
+    model: Any = site.model
     with pytest.raises(UserError, match="use_cache=False"), site.intervene(dec):
-        site.model.generate(
-            tokens, max_new_tokens=2, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
-        )
+        model.generate(tokens, max_new_tokens=2, use_cache=True, eos_token_id=None, pad_token_id=0)
 
 
 def test_a_decomposition_of_another_layer_is_refused() -> None:

@@ -31,6 +31,7 @@ from .sequences import Batch, first_token
 _PARTS = re.compile(r"\{\{|\}\}|\{(\w+):([^{}]+)\}|[{}]")
 _KEYS = {"prompt", "answers", "wrong"}
 MOST_CHARACTERS = 1_000_000  # of a prompt file's line
+GIVE_UP = 200  # prompts, none of which a tokenizer takes
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def ask(asked: PromptSet, tokenizer: Any, config: DataConfig, count: int, most: 
             why = found
         else:
             rows.append(found)
-        if len(rows) == count or (tried >= 50 * count and not rows):
+        if len(rows) == count or (tried >= GIVE_UP and not rows):
             break
     if not rows:
         raise UserError(f"--prompts {asked.name}: this model's tokenizer takes none of its prompts ({why})")

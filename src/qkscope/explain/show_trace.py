@@ -11,7 +11,7 @@ from ..files import unwritable, write_json
 from .account import EXPLAINED, Account
 from .names import FeatureNames, shown
 from .opening import one_layer
-from .trace import KINDS, Trace, trace
+from .trace import KINDS, Trace, Why, trace
 
 KEYS = 8  # of a row, that are listed
 
@@ -35,17 +35,17 @@ def trace_prompt(
     dec, site = one_layer(folder, layer)
     traced = trace(dec, site, prompt, head or 0)
     names = FeatureNames.of(dec.folder)
-    print("\n".join(_tokens(traced.tokens)))
+    said = list(_tokens(traced.tokens))
     if head is None:
         heads = [traced.of_head(n) for n in range(dec.shape.N)]
-        print("\n".join(_heads(heads, query)))
+        said += _heads(heads, traced.position(query, "query"))
         found: dict[str, Any] = {"heads": [t.to_dict() for t in heads]}
     else:
         why = traced.why(query, key, against or None)
         account = traced.terms(why.query, why.key, pairs)
-        print("\n".join(_row(traced, why.query)))
-        print("\n".join(_score(traced, account, why.query, why.key, names, top)))
-        print("\n".join(_why(traced, why.account, why, names, top)))
+        said += _row(traced, why.query)
+        said += _score(traced, account, why.query, why.key, names, top)
+        said += _why(traced, why, names, top)
         found = {
             **traced.to_dict(),
             "query": why.query,
@@ -53,6 +53,7 @@ def trace_prompt(
             "score": account.to_dict(),
             "why": {"against": why.against, "weights": why.weights, **why.account.to_dict()},
         }
+    print("\n".join(said))
     if json_file is not None:
         write_json(json_file, found)
     return found
@@ -74,8 +75,7 @@ def _at(tokens: list[str], position: int) -> str:
     return "sink" if position == len(tokens) else f"{position}{shown(tokens[position])}"
 
 
-def _heads(heads: list[Trace], query: int) -> Iterator[str]:
-    i = query % len(heads[0].tokens)
+def _heads(heads: list[Trace], i: int) -> Iterator[str]:
     yield f"\nlayer {heads[0].dec.layer}, query {_at(heads[0].tokens, i)}: most attended keys (true → pruned map)"
     for one in heads:
         true, pruned = one.pattern["true"][i], one.pattern["pruned"][i]
@@ -100,17 +100,14 @@ def _score(traced: Trace, account: Account, i: int, j: int, names: FeatureNames,
     yield from _terms(account, names, top)
 
 
-def _why(traced: Trace, account: Account, why: Any, names: FeatureNames, top: int) -> Iterator[str]:
+def _why(traced: Trace, why: Why, names: FeatureNames, top: int) -> Iterator[str]:
     others = ", ".join(f"{_at(traced.tokens, c)} ({w:.0%})" for c, w in zip(why.against, why.weights, strict=True))
     yield f"\nwhy {_at(traced.tokens, why.key)} and not {others}"
-    yield f"log-odds {_sum(account)}"
-    few = account.fewest()
-    yield (
-        f"the {few} largest add up to it within {1 - EXPLAINED:.0%}"
-        if few
-        else "the kept pairs do not add up to it within " + f"{1 - EXPLAINED:.0%}"
-    )
-    yield from _terms(account, names, top)
+    yield f"log-odds {_sum(why.account)}"
+    few = why.account.fewest()
+    those = f"the {few} largest pairs add" if few else "the kept pairs do not add"
+    yield f"{those} up to it within {1 - EXPLAINED:.0%}"
+    yield from _terms(why.account, names, top)
 
 
 def _sum(account: Account) -> str:

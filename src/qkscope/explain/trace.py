@@ -124,7 +124,7 @@ class Trace:
 
         `query` and `key` are positions, negative ones from the end. `UserError` where the query does not see the key.
         """
-        i, j = self._position(query, "query"), self._position(key, "key")
+        i, j = self.position(query, "query"), self.position(key, "key")
         if not bool(self.inputs.rule.visible_BQK[0, i, j]):
             raise UserError(f"query {i} does not see key {j}: the mask of this layer hides it")
         true, whole, kept = (float(self.scores[kind][i, j]) for kind in KINDS)
@@ -140,11 +140,11 @@ class Trace:
 
         `key`: by default the most attended one; `against`: by default its `COMPETITORS` strongest competitors.
         """
-        i = self._position(query, "query")
+        i = self.position(query, "query")
         pattern_K = self.pattern["true"][i]  # with a learned sink, its column stands last
         seen_K = self.inputs.rule.visible_BQK[0, i]
         length = len(seen_K)
-        j = int(pattern_K[:length].argmax()) if key is None else self._position(key, "key")
+        j = int(pattern_K[:length].argmax()) if key is None else self.position(key, "key")
         if against is None:
             others = pattern_K.clone()
             others[j] = 0
@@ -152,7 +152,7 @@ class Trace:
             found = others.topk(min(COMPETITORS, len(others)))
             chosen = found.indices[found.values > 0].tolist()
         else:
-            chosen = [length if c == length < len(pattern_K) else self._position(c, "against") for c in against]
+            chosen = [length if c == length < len(pattern_K) else self.position(c, "against") for c in against]
         hidden = [k for k in (j, *chosen) if k < length and not bool(seen_K[k])]
         if hidden:
             raise UserError(f"query {i} does not see key {hidden[0]}: the mask of this layer hides it")
@@ -227,7 +227,8 @@ class Trace:
         n_query, n_key = self.dec.query.width, self.dec.key.width
         return torch.where(query_S < n_query, query_S, -1), torch.where(key_S < n_key, key_S, -1)
 
-    def _position(self, at: int, what: str) -> int:
+    def position(self, at: int, what: str) -> int:
+        """A position counted from the start, where a negative one counts from the end; `UserError` outside."""
         length = len(self.tokens)
         if not -length <= at < length:
             raise UserError(
