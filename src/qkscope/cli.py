@@ -25,6 +25,7 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
   run        decompose layers of a model: harvest, both training steps, evaluation, report
   evaluate   measure a finished run again and write its report anew
   compare    what of one run's features and pairs recurs in another's
+  heads      what each head's pairs are, which heads share them, and the units they form
   bench      planted: every method on layers whose features and pairs are known
              quality: beside the published recipe, on layers of real models
 
@@ -57,6 +58,25 @@ class CompareCommand(Config):
     """A run's folder."""
     other: Annotated[Path, tyro.conf.Positional]
     """Another run's, of the same model."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+
+
+class HeadsCommand(Config):
+    """What each head's pairs are, which heads share them, and the units they form, each beside chance."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one layer's."""
+    layer: int | None = None
+    """Of a run with several, only this one."""
+    top: int = 5
+    """Strongest pairs that are shown of each head."""
+    rank: int | None = None
+    """Units; without it, as many as explain most beyond chance."""
+    distance: bool = False
+    """With a rotary embedding: run the model over held-out text and tell content from position."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure here too."""
     device: str = "cpu"
@@ -135,10 +155,18 @@ def _dispatch(argv: list[str]) -> None:
 
         chosen = _parse(CompareCommand, rest, "qkscope compare", {})
         compare_runs(chosen.one, chosen.other, chosen.json_file, chosen.device)
+    elif command == "heads":
+        from .explain.heads_report import report_heads
+
+        chosen = _parse(HeadsCommand, rest, "qkscope heads", {})
+        report_heads(
+            chosen.folder, chosen.layer, top=chosen.top, rank=chosen.rank, distance=chosen.distance,
+            path=chosen.json_file, device=chosen.device,
+        )  # fmt: skip
     elif command == "bench":
         _bench(rest)
     else:
-        known = ["run", "evaluate", "compare", "bench"]
+        known = ["run", "evaluate", "compare", "heads", "bench"]
         raise UserError(f"unknown command {command!r}{nearest(command, known)}; see qkscope --help")
 
 
