@@ -178,6 +178,7 @@ def likeness(entries: Entries, nulls: dict[str, Entries]) -> dict[str, Any]:
     """The similarity of all heads, each head's likest, and the clusters, beside chance.
 
     `chance` of a head: its similarity with its likest head in the draws. `above`: beyond the upper end of "kept".
+    `likest` is None for a head that shares no pair.
     """
     found = similarity(entries)[0]
     off = ~torch.eye(entries.n_heads, dtype=torch.bool)
@@ -190,7 +191,8 @@ def likeness(entries: Entries, nulls: dict[str, Entries]) -> dict[str, Any]:
         beside = {null: {"mean": c["mean"][n], "ci95": c["ci95"][n]} for null, c in chance.items()}
         value = float(best.values[n])
         above = value > beside["kept"]["ci95"][1]
-        heads.append({"head": n, "likest": int(best.indices[n]), "similarity": value, "above": above, "chance": beside})
+        likest = int(best.indices[n]) if value > 0 else None
+        heads.append({"head": n, "likest": likest, "similarity": value, "above": above, "chance": beside})
     merges = average_linkage(found)
     return {
         "similarity": found.tolist(),

@@ -48,7 +48,7 @@ def report_heads(
         raise UserError(f"--json {path}: {wrong}; name a file")
     places = _places(folder, layer)
     decs = [Decomposition.load(place).to(device) for place in places]
-    profiles = [_profiles(dec, device) if distance else None for dec in decs]
+    profiles = _profiles(decs, device) if distance else [None] * len(decs)
     found: dict[str, Any] = {"run": str(folder), "layers": []}
     for dec, place, profile in zip(decs, places, profiles, strict=True):
         names = FeatureNames(place)
@@ -92,13 +92,18 @@ def _places(folder: Path, layer: int | None) -> list[Path]:
     return [layer_folder(folder, n) for n in ([layer] if layer is not None else layers)]
 
 
-def _profiles(dec: Decomposition, device: str) -> DistanceProfiles:
-    if not dec.shape.rotary:
-        raise no_rotary(dec.layer)
-    model, tokenizer = load_model(str(dec.config.model), dtype=dec.config.training.dtype, device=device)
-    site = AttentionSite(model, tokenizer, layer=dec.layer)
-    text = text_of(site, dec.config, "heldout", DISTANCE_TOKENS)
-    return distance_profiles(dec, (harvest_finite(site, batch.to(device)) for batch in text))
+def _profiles(decs: list[Decomposition], device: str) -> list[DistanceProfiles]:
+    for dec in decs:
+        if not dec.shape.rotary:
+            raise no_rotary(dec.layer)
+    config = decs[0].config
+    model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
+    found = []
+    for dec in decs:
+        site = AttentionSite(model, tokenizer, layer=dec.layer)
+        text = text_of(site, config, "heldout", DISTANCE_TOKENS)
+        found.append(distance_profiles(dec, (harvest_finite(site, batch.to(device)) for batch in text)))
+    return found
 
 
 def _shown(pairs: pa.Table, n_heads: int, top: int) -> list[dict[str, Any]]:
@@ -120,8 +125,9 @@ def page(one: dict[str, Any], shown: list[dict[str, Any]], names: FeatureNames) 
     two, whole = one["heads"]["two_features"], one["heads"]["all"]
     bias = 1 - two["importance"] / max(whole["importance"], 1e-30)
     title = f"layer {one['layer']} of {one['model']}: {whole['pairs']:,} pairs in {len(whole['heads'])} heads"
+    title += f", {whole['importance']:.3g} nats, {bias:.0%} of them in pairs with a bias"
     return [
-        f"{title}, {whole['importance']:.3g} nats, {bias:.0%} of them in pairs with a bias",
+        *textwrap.wrap(title, COLUMNS),
         "",
         *_head_table(one),
         "",
@@ -144,8 +150,8 @@ def _head_table(one: dict[str, Any]) -> list[str]:
         bias = 1 - row["importance"] / max(total, 1e-30)
         share = "/".join(f"{100 * row['top'][str(k)]:.0f}" for k in heads.TOP)
         line = f"{n:>4}  {total:6.3f}  {bias:>6.0%}  {row['pairs']:>6,}  {row['effective']:>9.1f}   {share:>12}   "
-        if n in likest:
-            beside = likest[n]
+        beside = likest.get(n)
+        if beside and beside["likest"] is not None:
             chance = beside["chance"]["kept"]
             mark = "*" if beside["above"] else " "
             line += f"{beside['likest']:>6}  {beside['similarity']:.2f}{mark}"
@@ -197,7 +203,7 @@ def _sharing_table(found: dict[str, Any], with_bias: dict[str, Any]) -> list[str
             label = f"{what}, two features" if null is None else f"  chance, features {null}"
             lines.append(f"{label:<28}{cells}   {several:<14}{of_all}")
     lines.append(
-        "chance: importances and partners of a head's own features dealt anew (kept), or of the layer's (free)"
+        "chance: partners and importances dealt anew among a head's own features (kept) or the layer's (free)"
     )
     return lines
 
@@ -216,29 +222,27 @@ def _several(found: dict[str, Any], name: str, null: str | None) -> str:
 
 
 def _spans(n: int) -> list[tuple[int, int]]:
-    """1, 2, 3, 4, 5-8, 9-16 ... up to n."""
-    spans = [(k, k) for k in range(1, min(n, 4) + 1)]
-    while spans[-1][1] < n:
-        low = spans[-1][1] + 1
-        spans.append((low, min(2 * (low - 1), n)))
-    return spans
+    """1, 2, 3-4, 5-8, 9-16, and the rest up to n."""
+    lows = [low for low in (1, 2, 3, 5, 9, 17) if low <= n]
+    return [(low, after - 1) for low, after in zip(lows, [*lows[1:], n + 1], strict=True)]
 
 
 def _units_table(found: dict[str, Any]) -> list[str]:
     if not found["units"]:
         return ["no units: no pair of two features is kept"]
-    chance = found["chance"]
-    of_nats = f"of the {found['total_correlation']:.2f} nats that features and heads say of each other"
-    explained = "of nothing" if found["explained"] is None else f"{found['explained']:.0%}"
-    lines = [
-        f"{found['rank']} units explain {explained} {of_nats}; of rewired pairs {min(chance):.0%} to {max(chance):.0%}"
-    ]
+    low, high = min(found["chance"]), max(found["chance"])
+    text = f"{found['rank']} units explain {found['explained']:.0%} of the {found['total_correlation']:.2f} nats that "
+    text += f"features and heads say of each other; of pairs dealt anew (features kept) {low:.0%} to {high:.0%}"
+    lines = textwrap.wrap(text, COLUMNS)
     for unit in found["units"]:
         features = [" ".join(f"{side[0]}{f['feature']}" for f in unit[f"{side}_features"]) for side in SIDES]
         of_heads = " ".join(str(h["head"]) for h in unit["heads"])
         lines.append(f"{_percent(unit['share']):>5}  {_clipped(unit['name'], COLUMNS - 7)}")
-        of_pairs = f"heads {of_heads}; {unit['pairs']:,} pairs; found again {unit['again']:.2f}"
-        lines.append(f"       {features[0]} → {features[1]}; {of_pairs}")
+        of_pairs = (
+            f"heads {of_heads}; {unit['pairs']:,} pair{'s' * (unit['pairs'] != 1)}; found again {unit['again']:.2f}"
+        )
+        text = f"{features[0]} → {features[1]}; {of_pairs}"
+        lines += textwrap.wrap(text, COLUMNS, initial_indent=" " * 7, subsequent_indent=" " * 9)
     return lines
 
 

@@ -177,7 +177,8 @@ def describe(
     unit_P = torch.full((len(pairs),), -1)
     if not float(entries.worth_SP.sum()) > 0:
         return {"rank": 0, "units": []}, unit_P
-    by_rank = explained_by_rank(entries, (rank,) if rank else RANKS, seed)
+    ranks = (rank,) if rank else tuple(r for r in RANKS if r <= max(len(entries), RANKS[0]))
+    by_rank = explained_by_rank(entries, ranks, seed)
     rank = rank or chosen_rank(by_rank)
     chosen = next(row for row in by_rank if row["rank"] == rank)
     found = factorise(entries, rank, seed=seed)
