@@ -77,7 +77,7 @@ class DistanceProfiles:
 
     def by_head(self, dec: Decomposition) -> list[dict[str, Any]]:
         """For each head the share of position, weighted by importance; without biases, with either's, and of all."""
-        share, worth = self.position_P, dec.importance_P.detach().double()
+        share, worth, of_head = self.position_P, dec.importance_P.detach().cpu().double(), dec.pairs.head_P.cpu()
         worth = worth.masked_fill(share.isnan(), 0)
         share = share.nan_to_num(0.0)
         kinds = {
@@ -90,7 +90,7 @@ class DistanceProfiles:
         for head in range(dec.shape.N):
             row: dict[str, Any] = {"head": head}
             for name, kind in kinds.items():
-                here = kind & (dec.pairs.head_P == head)
+                here = kind & (of_head == head)
                 total = float(worth[here].sum())
                 position = float((worth * share)[here].sum()) / total if total > 0 else None
                 row[name] = {"importance": total, "position": position}
@@ -122,10 +122,9 @@ def distance_profiles(
         phase = max(phase, turned, key=len)
         seen_T = visible_distances(inputs)
         more = _use(dec, inputs) * (seen_T > 0) if weighted else seen_T.expand(len(dec.pairs), -1)
-        longer = torch.zeros(len(dec.pairs), len(phase), dtype=torch.float64)
-        longer[:, : use.shape[1]] += use
-        longer[:, : more.shape[1]] += more
-        use = longer
+        if len(phase) > use.shape[1]:
+            use = torch.nn.functional.pad(use, (0, len(phase) - use.shape[1]))
+        use[:, : more.shape[1]] += more
     if rule is None:
         raise UserError("a distance profile needs a text of at least one batch, for the model's rotary tables")
     profile = (_products(dec, order) @ phase.T).real * dec.strength_P.cpu().double()[:, None]

@@ -132,7 +132,7 @@ def by_heads(entries: Entries) -> tuple[Tensor, Tensor]:
     n, (draws, _) = entries.n_heads, heads_SP.shape
     zeros = torch.zeros(draws, n, dtype=torch.float64)
     # A pair of k heads is there k times.
-    pairs = zeros.scatter_add(1, heads_SP - 1, 1 / heads_SP.double())
+    pairs = zeros.scatter_add(1, heads_SP - 1, 1 / heads_SP.double()).round()
     total = entries.worth_SP.sum(1, keepdim=True).clamp(min=1e-30)
     return pairs, zeros.scatter_add(1, heads_SP - 1, entries.worth_SP / total)
 

@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..attention import AttentionSite
 from ..config import build
@@ -59,10 +59,9 @@ def report_heads(
         pairs = pairs.append_column("unit", pa.array(unit_P.numpy()[order]))
         if profile is not None:
             one["distance"] = profile.by_head(dec)
-            for name in ("content", "position", "peak"):
-                pairs = pairs.append_column(
-                    name, pa.array(getattr(profile, f"{name}_P").numpy()[order], from_pandas=True)
-                )
+            columns = {"content": profile.content_P, "position": profile.position_P, "peak": profile.peak_P}
+            for name, values_P in columns.items():  # a pair without use has no share: NaN, null in the table
+                pairs = pairs.append_column(name, pa.array(values_P.numpy()[order], from_pandas=True))
         shown = _shown(pairs, dec.shape.N, top)
         if profile is not None:
             for row in shown:
@@ -108,11 +107,11 @@ def _profiles(decs: list[Decomposition], device: str) -> list[DistanceProfiles]:
 
 def _shown(pairs: pa.Table, n_heads: int, top: int) -> list[dict[str, Any]]:
     """Each head's strongest pairs: `top` of two features, and one with a bias."""
-    bias = pc.less(pc.min_element_wise(pairs["query_feature"], pairs["key_feature"]), 0)  # type: ignore[attr-defined]
+    query, key, of_head = (pairs[name].to_numpy() for name in ("query_feature", "key_feature", "head"))
+    bias = np.minimum(query, key) < 0
     rows = []
     for head in range(n_heads if top else 0):
-        here = pc.equal(pairs["head"], head)  # type: ignore[attr-defined]
-        two, one = (pairs.filter(pc.and_(here, kind)) for kind in (pc.invert(bias), bias))  # type: ignore[attr-defined]
+        two, one = (pairs.filter(pa.array((of_head == head) & kind)) for kind in (~bias, bias))
         rows += [*two.slice(0, top).to_pylist(), *one.slice(0, 1).to_pylist()]
     return rows
 
@@ -195,22 +194,14 @@ def _sharing_table(found: dict[str, Any], with_bias: dict[str, Any]) -> list[str
     lines = [f"{'how many heads have a pair':<28}{header}   several   with bias rows"]
     for what in ("pairs", "importance"):
         for null in (None, *found["chance"]):
-            values, several, of_all = (
-                _sums(found, what, null, spans),
-                *(_several(f, f"shared_{what}", null) for f in (found, with_bias)),
-            )
+            values = found[what] if null is None else found["chance"][null][what]["mean"]
+            values = [sum(values[a - 1 : b]) for a, b in spans]
+            several, of_all = (_several(f, f"shared_{what}", null) for f in (found, with_bias))
             cells = "".join(f"{_percent(v) if what == 'importance' else f'{v:,.0f}':>7}" for v in values)
             label = f"{what}, two features" if null is None else f"  chance, features {null}"
             lines.append(f"{label:<28}{cells}   {several:<14}{of_all}")
-    lines.append(
-        "chance: partners and importances dealt anew among a head's own features (kept) or the layer's (free)"
-    )
-    return lines
-
-
-def _sums(found: dict[str, Any], what: str, null: str | None, spans: list[tuple[int, int]]) -> list[float]:
-    values = found[what] if null is None else found["chance"][null][what]["mean"]
-    return [sum(values[a - 1 : b]) for a, b in spans]
+    chance = "partners and importances dealt anew among a head's own features (kept) or the layer's (free)"
+    return [*lines, f"chance: {chance}"]
 
 
 def _several(found: dict[str, Any], name: str, null: str | None) -> str:
@@ -237,11 +228,9 @@ def _units_table(found: dict[str, Any]) -> list[str]:
     for unit in found["units"]:
         features = [" ".join(f"{side[0]}{f['feature']}" for f in unit[f"{side}_features"]) for side in SIDES]
         of_heads = " ".join(str(h["head"]) for h in unit["heads"])
+        count = f"{unit['pairs']:,} pair{'s' * (unit['pairs'] != 1)}"
+        text = f"{features[0]} → {features[1]}; heads {of_heads}; {count}; found again {unit['again']:.2f}"
         lines.append(f"{_percent(unit['share']):>5}  {_clipped(unit['name'], COLUMNS - 7)}")
-        of_pairs = (
-            f"heads {of_heads}; {unit['pairs']:,} pair{'s' * (unit['pairs'] != 1)}; found again {unit['again']:.2f}"
-        )
-        text = f"{features[0]} → {features[1]}; {of_pairs}"
         lines += textwrap.wrap(text, COLUMNS, initial_indent=" " * 7, subsequent_indent=" " * 9)
     return lines
 

@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from ..evaluate.stored import Layer
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..evaluate.stored import Layer, read
 
 NAMED = 0.5  # F1 of a label from which it says more of a feature than its tokens do
 TOKENS = 3  # in a name
@@ -58,9 +61,17 @@ class FeatureNames:
 
     @cached_property
     def _tokens(self) -> dict[tuple[str, int], dict[str, float]]:
+        path = self._layer.folder / "examples.parquet"
+        table = read(path, lambda path: pq.read_table(path, columns=["side", "feature", "center", "tokens"]))
+        if table is None:
+            return {}
+        lists = table["tokens"].combine_chunks()
+        middle = lists.values.take(pa.array(lists.offsets.to_numpy()[:-1] + table["center"].to_numpy()))
         found: dict[tuple[str, int], Counter[str]] = {}
-        for row in self._layer.rows("examples"):
-            found.setdefault((row["side"], row["feature"]), Counter())[row["tokens"][row["center"]]] += 1
+        for side, feature, token in zip(
+            *(c.to_pylist() for c in (table["side"], table["feature"], middle)), strict=True
+        ):
+            found.setdefault((side, feature), Counter())[token] += 1
         return {key: {token: n / c.total() for token, n in c.items()} for key, c in found.items()}
 
 
