@@ -58,7 +58,7 @@ def test_profiles_and_shares_are_those_of_the_slow_reference(name: str) -> None:
         bias_k = bool(dec.pairs.key_P[p] == dec.pairs.n_key)
         assert bool(found.key_bias_P[p]) == bias_k
         if not terms:
-            assert float(found.use_PT[p].sum()) == 0 and bool(found.position_P[p].isnan())
+            assert float(found.use_PT[p].sum()) == 0 and bool(found.position_share_P[p].isnan())
             seen.add("unused")
             continue
         use = torch.zeros(found.use_PT.shape[1], dtype=torch.float64)
@@ -72,11 +72,11 @@ def test_profiles_and_shares_are_those_of_the_slow_reference(name: str) -> None:
         whole = sum((m * both) ** 2 for _, m, both in terms)
         if bias_k and shift_free:
             assert float(found.content_P[p]) == 0
-            assert float(found.position_P[p]) == pytest.approx(1) or left < 1e-8 * whole
+            assert float(found.position_share_P[p]) == pytest.approx(1) or left < 1e-8 * whole
             seen.add("cancels")
         else:
             assert float(found.content_P[p]) == pytest.approx(c, abs=1e-5)
-            assert float(found.position_P[p]) == pytest.approx(left / whole, rel=1e-3, abs=1e-6)
+            assert float(found.position_share_P[p]) == pytest.approx(left / whole, rel=1e-3, abs=1e-6)
             seen.add("both")
         used = {d: abs(m) for d, m, _ in terms}
         assert used[int(found.peak_P[p])] == pytest.approx(max(used.values()), rel=1e-4)
@@ -131,10 +131,10 @@ def test_by_head_weighs_with_importance() -> None:
         ):
             share = worth = 0.0
             for i in range(len(p)):
-                known = not bool(found.position_P[i].isnan())
+                known = not bool(found.position_share_P[i].isnan())
                 if int(p.head_P[i]) == row["head"] and known and member(int(p.query_P[i]), int(p.key_P[i])):
                     worth += float(dec.importance_P[i])
-                    share += float(dec.importance_P[i]) * float(found.position_P[i])
+                    share += float(dec.importance_P[i]) * float(found.position_share_P[i])
             assert row[name]["importance"] == pytest.approx(worth)
             assert row[name]["position"] == (pytest.approx(share / worth) if worth else None)
 

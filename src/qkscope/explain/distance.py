@@ -61,11 +61,11 @@ class DistanceProfiles:
 
     @cached_property
     def position_PT(self) -> Tensor:
-        """M(d) - c; where the mean cancels, what is left without it."""
+        """M(d) - c, whether or not c cancels."""
         return self.profile_PT - (self.profile_PT * self.use_PT).sum(1, keepdim=True)
 
     @cached_property
-    def position_P(self) -> Tensor:
+    def position_share_P(self) -> Tensor:
         """Share of the mean square of the pair's score that position explains, content the rest; NaN if never used."""
         position = (self.position_PT.square() * self.use_PT).sum(1)
         return position / (position + self.content_P.square())
@@ -77,7 +77,7 @@ class DistanceProfiles:
 
     def by_head(self, dec: Decomposition) -> list[dict[str, Any]]:
         """For each head the share of position, weighted by importance; without biases, with either's, and of all."""
-        share, worth, of_head = self.position_P, dec.importance_P.detach().cpu().double(), dec.pairs.head_P.cpu()
+        share, worth, of_head = self.position_share_P, dec.importance_P.detach().cpu().double(), dec.pairs.head_P.cpu()
         worth = worth.masked_fill(share.isnan(), 0)
         share = share.nan_to_num(0.0)
         kinds = {

@@ -59,7 +59,7 @@ def report_heads(
         pairs = pairs.append_column("unit", pa.array(unit_P.numpy()[order]))
         if profile is not None:
             one["distance"] = profile.by_head(dec)
-            columns = {"content": profile.content_P, "position": profile.position_P, "peak": profile.peak_P}
+            columns = {"content": profile.content_P, "position": profile.position_share_P, "peak": profile.peak_P}
             for name, values_P in columns.items():  # a pair without use has no share: NaN, null in the table
                 pairs = pairs.append_column(name, pa.array(values_P.numpy()[order], from_pandas=True))
         shown = _shown(pairs, dec.shape.N, top)
