@@ -27,6 +27,7 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
   trace      one prompt's attention, and the pairs behind one edge of it
   study      which heads do what a set of prompts asks for, by which pairs, and what goes without them
   compare    what of one run's features and pairs recurs in another's
+  heads      what each head's pairs are, which heads share them, and the units they form
   bench      planted: every method on layers whose features and pairs are known
              quality: beside the published recipe, on layers of real models
 
@@ -116,6 +117,25 @@ class StudyCommand(Config):
     """Write every figure here too."""
 
 
+class HeadsCommand(Config):
+    """What each head's pairs are, which heads share them, and the units they form, each beside chance."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one layer's."""
+    layer: int | None = None
+    """Of a run with several, only this one."""
+    top: int = 5
+    """Strongest pairs that are shown of each head."""
+    rank: int | None = None
+    """Units; without it, as many as explain most beyond chance."""
+    distance: bool = False
+    """With a rotary embedding: run the model over held-out text and tell content from position."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+
+
 class PlantedCommand(Config):
     """Every method on planted layers, whose query features, key features and pairs are known, in one table."""
 
@@ -198,10 +218,18 @@ def _dispatch(argv: list[str]) -> None:
 
         chosen = _parse(CompareCommand, rest, "qkscope compare", {})
         compare_runs(chosen.one, chosen.other, chosen.json_file, chosen.device)
+    elif command == "heads":
+        from .explain.heads_report import report_heads
+
+        chosen = _parse(HeadsCommand, rest, "qkscope heads", {})
+        report_heads(
+            chosen.folder, chosen.layer, top=chosen.top, rank=chosen.rank, distance=chosen.distance,
+            path=chosen.json_file, device=chosen.device,
+        )  # fmt: skip
     elif command == "bench":
         _bench(rest)
     else:
-        known = ["run", "evaluate", "trace", "study", "compare", "bench"]
+        known = ["run", "evaluate", "trace", "study", "heads", "compare", "bench"]
         raise UserError(f"unknown command {command!r}{nearest(command, known)}; see qkscope --help")
 
 

@@ -33,7 +33,7 @@ def test_a_trace_prints_what_python_says(embedded_run: Path, call: Call, tmp_pat
     assert values["why"]["total"] == pytest.approx(why.account.total, abs=1e-5)
     score = values["score"]
     assert score["pairs"] + sum(score["rest"].values()) == pytest.approx(score["total"], abs=1e-4)
-    assert f"layer 2 head 3, query {why.query}‘␣to’" in said.out  # noqa: RUF001
+    assert f"layer 2 head 3, query {why.query}“␣to”" in said.out
     assert f"{why.account.total:+.2f} = " in said.out and "from " in said.out
     assert max(map(len, said.out.splitlines())) <= 120
 

@@ -1,71 +1,95 @@
-"""A few words for each feature: what a table can call it by.
+"""What to call a feature, from what its layer's folder holds: the label that it is known to predict, or its tokens.
 
-Where the corpus knows its tokens' roles, the role that a feature predicts best (truth.json); elsewhere the tokens it
-fires most strongly on (examples.parquet).
+A label (truth.json, embedded corpus only) names a feature from an F1 of `NAMED` on; other features are called by the
+tokens that their strongest examples have in the middle (examples.parquet), the most common first.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..decomposition import SIDES
+from ..evaluate.stored import Layer, read
 
-BIAS = "bias"
-NAMED = 0.5  # F1 from which a role is a feature's name
-TOKENS = 3  # that a feature without a role is called by
+NAMED = 0.5  # F1 of a label from which it says more of a feature than its tokens do
+TOKENS = 3  # in a name
 
 
 class FeatureNames:
-    """Names of a layer's features, by side and number; empty words where nothing is known."""
+    """Names of one layer's features; `side` is "query" or "key", feature -1 the side's bias."""
 
-    def __init__(self, by_side: dict[str, dict[int, str]]) -> None:
-        self.by_side = by_side
+    def __init__(self, folder: Path) -> None:
+        self._layer = Layer(folder, 0)
 
-    @classmethod
-    def of(cls, folder: Path | None) -> FeatureNames:
-        """Read from a layer's folder what is there."""
-        names: dict[str, dict[int, str]] = {side: {} for side in SIDES}
-        if folder is not None:
-            with suppress(OSError, pa.ArrowException, KeyError):
-                _by_tokens(folder / "examples.parquet", names)
-            with suppress(OSError, ValueError, KeyError):
-                _by_role(folder / "truth.json", names)
-        return cls(names)
+    def label(self, side: str, feature: int) -> str | None:
+        """The label that the feature is known to predict; None where none does well enough."""
+        known = self._layer.known(side, feature)
+        return known["label"] if known and known["f1"] >= NAMED else None
 
-    def __call__(self, side: str, feature: int) -> str:
-        return BIAS if feature < 0 else self.by_side[side].get(feature, "")
+    def tokens(self, side: str, feature: int) -> dict[str, float]:
+        """Tokens in the middle of the feature's examples, each with its share of them."""
+        return self._tokens.get((side, feature), {})
+
+    def of(self, side: str, feature: int) -> str:
+        """The feature and its name, such as `q12 name_again` or `k7 “␣Tom”, “␣Ann”`."""
+        if feature < 0:
+            return "bias"
+        label = self.label(side, feature)
+        name = label.replace("“ ", "“␣") if label else _listed(self.tokens(side, feature))
+        return f"{side[0]}{feature} {name}".strip()
 
     def pair(self, query: int, key: int) -> str:
-        """A pair as one reads it: query feature × key feature."""
-        sides = (("query", query), ("key", key))
-        said = [BIAS if f < 0 else f"{side[0]}{f} {self(side, f)}".rstrip() for side, f in sides]
-        return " \u00d7 ".join(said)
+        """A pair as one reads it: query feature → key feature."""
+        return f"{self.of('query', query)} → {self.of('key', key)}"
+
+    def of_group(self, side: str, shares: Iterable[tuple[int, float]]) -> str:
+        """A name for features that belong together in these shares: the label with the largest share, a second one with
+        at least half of that; or, where features without a label have more, the tokens that they have in common."""
+        labels: dict[str, float] = {}
+        tokens: dict[str, float] = {}
+        unnamed = 0.0
+        for feature, share in shares:
+            if label := self.label(side, feature):
+                labels[label] = labels.get(label, 0) + share
+            else:
+                unnamed += share
+                for token, part in self.tokens(side, feature).items():
+                    tokens[token] = tokens.get(token, 0) + share * part
+        if tokens and unnamed > sum(labels.values()):
+            return _listed(tokens)
+        return " / ".join(name for name in _first(labels, 2) if labels[name] >= max(labels.values()) / 2) or "unnamed"
+
+    @cached_property
+    def _tokens(self) -> dict[tuple[str, int], dict[str, float]]:
+        path = self._layer.folder / "examples.parquet"
+        table = read(path, lambda path: pq.read_table(path, columns=["side", "feature", "center", "tokens"]))
+        if table is None:
+            return {}
+        lists = table["tokens"].combine_chunks()
+        middle = lists.values.take(pa.array(lists.offsets.to_numpy()[:-1] + table["center"].to_numpy()))
+        found: dict[tuple[str, int], Counter[str]] = {}
+        for side, feature, token in zip(
+            *(c.to_pylist() for c in (table["side"], table["feature"], middle)), strict=True
+        ):
+            found.setdefault((side, feature), Counter())[token] += 1
+        return {key: {token: n / c.total() for token, n in c.items()} for key, c in found.items()}
 
 
-def _by_tokens(path: Path, names: dict[str, dict[int, str]]) -> None:
-    table = pq.read_table(path, columns=["side", "feature", "center", "tokens"]).to_pydict()
-    seen: dict[tuple[str, int], Counter[str]] = {}
-    for side, feature, center, tokens in zip(*table.values(), strict=True):
-        seen.setdefault((side, feature), Counter())[tokens[center]] += 1
-    for (side, feature), tokens in seen.items():
-        names[side][feature] = " ".join(shown(token) for token, _ in tokens.most_common(TOKENS))
+def _first(shares: dict[str, float], count: int) -> list[str]:
+    return sorted(shares, key=lambda name: -shares[name])[:count]
 
 
-def _by_role(path: Path, names: dict[str, dict[int, str]]) -> None:
-    features = json.loads(path.read_text(encoding="utf-8"))["features"]
-    for side in SIDES:
-        for number, found in enumerate(features[side]):
-            if found and found["f1"] >= NAMED:
-                names[side][number] = found["label"].replace("“ ", "“␣")
+def _listed(tokens: dict[str, float]) -> str:
+    """The most common tokens, quoted."""
+    return ", ".join(shown(token) for token in _first(tokens, TOKENS))
 
 
 def shown(token: str) -> str:
-    """A token in quotation marks, its white space and control characters visible."""
+    """A token in quotation marks, its white space visible, and nothing in it that a terminal would act on."""
     visible = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
-    return "\u2018" + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in visible) + "\u2019"
+    return "“" + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in visible) + "”"

@@ -63,7 +63,7 @@ def _chosen(prompts: str, target: str | None, seed: int) -> PromptSet:
 
 
 def _layer(dec: Decomposition, row: dict[str, Any], asked: PromptSet) -> Iterator[str]:
-    names = FeatureNames.of(dec.folder)
+    names = FeatureNames(dec.folder or Path())
     prompts = row["prompts"]
     said = f"{asked.name}, layer {row['layer']}: {prompts['reported']} prompts reported, {prompts['choosing']} chose"
     if row["difference"]:

@@ -34,7 +34,7 @@ def trace_prompt(
         raise UserError(f"--json {json_file}: {wrong}; name a file")
     dec, site = one_layer(folder, layer)
     traced = trace(dec, site, prompt, head or 0)
-    names = FeatureNames.of(dec.folder)
+    names = FeatureNames(dec.folder or Path())
     said = list(_tokens(traced.tokens))
     if head is None:
         heads = [traced.of_head(n) for n in range(dec.shape.N)]
