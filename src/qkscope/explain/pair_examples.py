@@ -40,7 +40,7 @@ from .best import Best
 from .columns import array, token_lists
 from .firing import NO_TOKEN, Firing, sequence_numbers, window_tokens
 
-BLOCK_TERMS = 1 << 19  # terms of one block of pairs: about 40 MB; one pair alone has at most B·T²
+BLOCK_TERMS = 1 << 17  # terms of one block of pairs: about 10 MB, what a cache holds; one pair alone has at most B·T²
 MERGED_PAIRS = 4096  # at once
 LEAST_EFFECT = 1e-6  # of a pattern entry; what is below is rounding
 
@@ -78,7 +78,8 @@ class PairExamples:
         )
         terms = Terms(dec, rule, scores, Places.of(query, dec.query.width, batch), Places.of(key, dec.key.width, batch))
         for block in terms.blocks():
-            self._add(batch, terms, block)
+            if len(block.cell_R):
+                self._add(batch, terms, block)
 
     def _add(self, batch: Batch, terms: Terms, block: Rows) -> None:
         """Offer the best place of each cell of a block."""
@@ -156,6 +157,8 @@ class Places:
 
     token_E: Tensor
     value_E: Tensor
+    place_E: Tensor
+    """(feature · B + sequence) · T + position: rises."""
     count_FB: Tensor
     start_FB: Tensor
 
@@ -166,9 +169,11 @@ class Places:
         token = torch.cat([firing.token_E, real])
         feature = torch.cat([firing.feature_E, torch.full_like(real, width)])
         value = torch.cat([firing.value_E, torch.ones_like(real, dtype=torch.float32)])
-        count = torch.bincount(feature * sequences + token // length, minlength=(width + 1) * sequences)
+        cell = feature * sequences + token // length
+        count = torch.bincount(cell, minlength=(width + 1) * sequences)
         start = count.cumsum(0) - count
-        return cls(token, value, count.view(-1, sequences), start.view(-1, sequences))
+        place = cell * length + token % length
+        return cls(token, value, place, count.view(-1, sequences), start.view(-1, sequences))
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ class Rows:
     weight_R: Tensor
     """scale · strength · a_q."""
     first_R: Tensor
-    """The first of the keys on which the key feature fires in this sequence, and how many follow."""
+    """The first of the keys on which the key feature fires within what the query sees, and how many there are."""
     count_R: Tensor
     distance_pD: Tensor | None
     """M at each distance from -(T-1) to T-1."""
@@ -202,6 +207,9 @@ class Terms:
         self.dec, self.rule, self.query, self.key = dec, rule, query, key
         self.length = scores.shape[-1]
         self.pattern = exp(rule.masked(scores).log_softmax(-1))[..., : self.length].flatten()
+        visible_BQK = rule.visible_BQK.expand(len(scores), -1, -1)
+        self.first_seen_n = visible_BQK.byte().argmax(-1).flatten()  # the first and the last key that a query sees
+        self.last_seen_n = self.length - 1 - visible_BQK.flip(-1).byte().argmax(-1).flatten()
         self.slope = None if rule.softcap is None else (1 - (scores / rule.softcap).square()).flatten()
 
     def blocks(self) -> Iterator[Rows]:
@@ -221,23 +229,27 @@ class Terms:
     def _rows(self, pair_p: Tensor) -> Rows:
         pairs = self.dec.pairs
         query_p, key_p = pairs.query_P[pair_p], pairs.key_P[pair_p]
-        keys_S = self.key.count_FB[key_p].flatten()
-        count_S = self.query.count_FB[query_p].flatten() * (keys_S > 0)
+        sequences = self.query.count_FB.shape[1]
+        count_S = (self.query.count_FB[query_p] * (self.key.count_FB[key_p] > 0)).flatten()
         cell_R = torch.arange(len(count_S), device=pair_p.device).repeat_interleave(count_S)
         within_R = torch.arange(len(cell_R), device=pair_p.device) - (count_S.cumsum(0) - count_S)[cell_R]
         entry_R = self.query.start_FB[query_p].flatten()[cell_R] + within_R
-        place_R = cell_R // self.query.count_FB.shape[1]
+        token_R = self.query.token_E[entry_R]
+        begin_R = (key_p[cell_R // sequences] * sequences + cell_R % sequences) * self.length
+        first_R = torch.searchsorted(self.key.place_E, begin_R + self.first_seen_n[token_R])
+        count_R = torch.searchsorted(self.key.place_E, begin_R + self.last_seen_n[token_R], right=True) - first_R
         strength_p = self.dec.strength_P[pair_p] * self.rule.scaling
-        return Rows(
+        found = Rows(
             pair_p=pair_p,
             cell_R=cell_R,
-            place_R=place_R,
-            token_R=self.query.token_E[entry_R],
-            weight_R=strength_p[place_R] * self.query.value_E[entry_R],
-            first_R=self.key.start_FB[key_p].flatten()[cell_R],
-            count_R=keys_S[cell_R],
+            place_R=cell_R // sequences,
+            token_R=token_R,
+            weight_R=strength_p[cell_R // sequences] * self.query.value_E[entry_R],
+            first_R=first_R,
+            count_R=count_R,
             distance_pD=None if self.rule.rotary is None else self._distances(self.rule.rotary, pair_p),
         )
+        return found.take(count_R.nonzero()[:, 0])
 
     def _distances(self, rotary: Rotary, pair_p: Tensor) -> Tensor:
         """M = ⟨R_i W_q, R_j W_k⟩ of each pair at every distance i-j."""
