@@ -75,6 +75,14 @@ def test_merged_parts_are_as_one_pass(tmp_path: Path, seed: int, monkeypatch: py
     require_same(tables(parts[0], tmp_path / "merged"), whole)
 
 
+def test_what_does_not_fit_is_not_merged() -> None:
+    dec, _ = text(1)
+    other = some_decomposition(some_inputs(0, **LAYER), share=0.3)
+    for wrong in (Examples(dec, 3), Examples(other, 2)):
+        with pytest.raises(ValueError, match="another decomposition or with other options"):
+            Examples(dec, 2).merge(wrong)
+
+
 def test_blocks_of_features_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dec, seen = text(4)
     whole = tables(gathered(dec, seen), tmp_path / "whole")

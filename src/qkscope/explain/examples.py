@@ -50,6 +50,7 @@ class Examples:
         pair_window: int = 8,
     ) -> None:
         self.dec = dec
+        self.options = (most, window, drawn, pairs, pair_window)
         device = dec.query.W_enc.device
         self.sides = {
             side: FeatureExamples(transcoder.width, most, drawn, window, salt, device)
@@ -76,6 +77,12 @@ class Examples:
     @torch.no_grad()
     def merge(self, other: Examples) -> None:
         """Take in what another gathered of the same decomposition, with the same options, on other text."""
+        own, others = self.dec.pairs, other.dec.pairs
+        same = all(torch.equal(getattr(own, n), getattr(others, n)) for n in ("query_P", "key_P", "head_P"))
+        if self.options != other.options or not same:
+            raise ValueError(
+                f"examples of another decomposition or with other options: {other.options}, {self.options}"
+            )
         for side in SIDES:
             self.sides[side].merge(other.sides[side])
         self.pairs.merge(other.pairs)

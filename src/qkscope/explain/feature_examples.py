@@ -141,7 +141,8 @@ class FeatureExamples:
 
     def used_tokens(self) -> set[int]:
         """The tokens that the tables hold."""
-        used = {token for best in (self.strongest, self.drawn) for token in best.payload["tokens"].unique().tolist()}
+        kept = [best.take().payload["tokens"].unique() for best in (self.strongest, self.drawn)]
+        used = {token for tokens in kept for token in tokens.tolist()}
         return used - {NO_TOKEN} | set(self.token_counts.top(TOP_TOKENS)[1].unique().tolist())
 
     def statistics(self, texts: dict[int, str]) -> dict[str, pa.Array]:

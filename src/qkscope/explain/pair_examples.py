@@ -119,7 +119,7 @@ class PairExamples:
 
     def used_tokens(self) -> set[int]:
         """The tokens that the table holds."""
-        kept = self.best.payload
+        kept = self.best.take().payload
         return {t for n in ("query_tokens", "key_tokens") for t in kept[n].unique().tolist()} - {NO_TOKEN}
 
     def table(self, texts: dict[int, str]) -> pa.Table:
@@ -221,7 +221,8 @@ class Terms:
         if self.rule.rotary is None and self.rule.shift_free:  # a constant along the row cancels in the softmax
             terms_P[pairs.key_P == pairs.n_key] = 0
         index = terms_P.nonzero()[:, 0]
-        size = terms_P[index].clamp(min=2 * self.length + self.query.count_FB.shape[1])  # what a pair itself takes
+        itself = self.query.count_FB.shape[1] + (0 if self.rule.rotary is None else 2 * self.length)  # cells, distances
+        size = terms_P[index].clamp(min=itself)
         blocks = (size.cumsum(0) // BLOCK_TERMS).unique_consecutive(return_counts=True)[1]
         for pair_p in index.split(blocks.tolist()):
             yield self._rows(pair_p)
