@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -274,6 +275,7 @@ def test_column_types(tmp_path: Path) -> None:
         "top_token_activations": "list<element: float>",
         "token_share": "float",
     }
+    assert json.loads(features.schema.metadata[b"histogram_edges"]) == [2 ** (i / 2) for i in range(-32, 33)]
     assert dict(zip(examples.column_names, map(str, examples.schema.types), strict=True)) == {
         "side": "string",
         "feature": "int32",

@@ -121,6 +121,7 @@ def test_no_copy_of_all_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad(), Largest([acts, *kept]) as largest:
         for here, acts_BTf, fires in firing.blocks(acts, batch.real_BT):
             side.add(batch, here, acts_BTf, fires)
+            side.add_whole(batch, fires)
     assert (1 << 17) * 4 <= largest.bytes < 8 * (1 << 17) < acts.nbytes // 16
     assert int(side.fired_F.sum()) == int((acts > 0).sum())
 

@@ -65,12 +65,12 @@ class Examples:
         batch = batch.to(self.dec.query.W_enc.device)
         firing: dict[str, Firing] = {}
         for side, gathered in self.sides.items():
-            gathered.add_places(batch)
             parts = []
             for here, acts_BTf, fires in blocks(acts[side], batch.real_BT):
                 gathered.add(batch, here, acts_BTf, fires)
                 parts.append(fires)
             firing[side] = Firing.cat(parts)
+            gathered.add_whole(batch, firing[side])
         if inputs is not None:
             self.pairs.add(batch, inputs, acts, firing["query"], firing["key"])
 

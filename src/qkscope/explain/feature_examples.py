@@ -81,9 +81,7 @@ class FeatureExamples:
             lambda index: self._example(batch, here, acts_BTf, row[index], at_Bf[row, offset][index], offset[index]),
         )
         self._raise_octaves(here, _octave(self.max_F[here]))
-        row = firing.token_E // length
-        place = hashed(numbers_B[row], at, feature * 2 + self.salt)
-        self.token_counts.add(feature, batch.tokens_BT.flatten()[firing.token_E], firing.value_E, place)
+        row, place = firing.token_E // length, self._places(batch, firing)
         self.drawn.add(
             feature * RANGES + (self.octave_F[feature] - _octave(firing.value_E)).clamp(max=RANGES - 1),
             torch.ones_like(firing.value_E),
@@ -91,11 +89,19 @@ class FeatureExamples:
             lambda index: self._example(batch, here, acts_BTf, row[index], at[index], feature[index] - here.start),
         )
 
-    def add_places(self, batch: Batch) -> None:
-        """Count a batch's tokens, once for all of its blocks."""
+    def add_whole(self, batch: Batch, firing: Firing) -> None:
+        """Count, once for all of a batch's blocks, its tokens and on which of them features fire."""
         self.tokens += batch.n_tokens
         places = torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device)
         self.bin_tokens_R.index_add_(0, _position_bin(places), batch.real_BT.double().sum(0))
+        token_E = batch.tokens_BT.flatten()[firing.token_E]
+        self.token_counts.add(firing.feature_E, token_E, firing.value_E, self._places(batch, firing))
+
+    def _places(self, batch: Batch, firing: Firing) -> Tensor:
+        """A hash of each firing: of its feature and its place in the text."""
+        length = batch.tokens_BT.shape[1]
+        number_E = sequence_numbers(batch)[firing.token_E // length]
+        return hashed(number_E, firing.token_E % length, firing.feature_E * 2 + self.salt)
 
     def _example(
         self, batch: Batch, here: slice, acts_BTf: Tensor, row_E: Tensor, at_E: Tensor, offset_E: Tensor
