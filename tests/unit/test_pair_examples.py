@@ -127,3 +127,11 @@ def test_none_wanted_and_none_given() -> None:
         examples = Examples(dec, 1, pairs=pairs)
         examples.add(a_batch(inputs), acts_of(dec, inputs), given)
         assert len(examples.pairs.table({})) == 0
+
+
+def test_no_pairs_kept() -> None:
+    inputs = some_inputs()
+    dec = some_decomposition(inputs, share=0.0)
+    examples = Examples(dec, 1, pairs=2)
+    examples.add(a_batch(inputs), acts_of(dec, inputs), inputs)
+    assert len(dec.pairs) == len(examples.pairs.table({})) == 0

@@ -66,17 +66,9 @@ class PairExamples:
         """Take in one batch: both sides' activations [B, T, F], and where they fire."""
         if not self.best.most:
             return
-        dec, rule = self.dec, inputs.rule
-        scores = pair_scores(
-            dec.pairs,
-            dec.strength_P,
-            with_bias(acts["query"].float()),
-            with_bias(acts["key"].float()),
-            rows(dec.query, dec.shape.N),
-            rows(dec.key, dec.shape.G),
-            rule,
-        )
-        terms = Terms(dec, rule, scores, Places.of(query, dec.query.width, batch), Places.of(key, dec.key.width, batch))
+        dec = self.dec
+        both = Places.of(query, dec.query.width, batch), Places.of(key, dec.key.width, batch)
+        terms = Terms(dec, inputs.rule, with_bias(acts["query"].float()), with_bias(acts["key"].float()), *both)
         for block in terms.blocks():
             if len(block.cell_R):
                 self._add(batch, terms, block)
@@ -203,8 +195,12 @@ class Rows:
 class Terms:
     """The terms of all pairs on one batch, block by block."""
 
-    def __init__(self, dec: Decomposition, rule: PatternRule, scores: Tensor, query: Places, key: Places) -> None:
+    def __init__(
+        self, dec: Decomposition, rule: PatternRule, acts_q_BTF: Tensor, acts_k_BTF: Tensor, query: Places, key: Places
+    ) -> None:
         self.dec, self.rule, self.query, self.key = dec, rule, query, key
+        self.rows_q, self.rows_k = rows(dec.query, dec.shape.N), rows(dec.key, dec.shape.G)
+        scores = pair_scores(dec.pairs, dec.strength_P, acts_q_BTF, acts_k_BTF, self.rows_q, self.rows_k, rule)
         self.length = scores.shape[-1]
         self.pattern = exp(rule.masked(scores).log_softmax(-1))[..., : self.length].flatten()
         visible_BQK = rule.visible_BQK.expand(len(scores), -1, -1)
@@ -257,8 +253,8 @@ class Terms:
         dec, pairs = self.dec, self.dec.pairs
         order, phase = rotary.phases()
         head_p = pairs.head_P[pair_p]
-        left = rows(dec.query, dec.shape.N)[pairs.query_P[pair_p], head_p]
-        right = rows(dec.key, dec.shape.G)[pairs.key_P[pair_p], head_p * dec.shape.G // dec.shape.N]
+        left = self.rows_q[pairs.query_P[pair_p], head_p]
+        right = self.rows_k[pairs.key_P[pair_p], head_p * dec.shape.G // dec.shape.N]
         left, right = (torch.view_as_complex(x[:, order].unflatten(1, (-1, 2)).contiguous()) for x in (left, right))
         forward = phase[0] * phase[0, :1].conj()  # the rotation over each distance from 0 on
         turned = torch.cat([forward[1:].conj().flip(0), forward])
