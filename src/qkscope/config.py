@@ -189,6 +189,10 @@ class EvaluationConfig(Config):
     """Steps of the adversary that switches dropped pairs on to hurt the model's output; 0: no adversary."""
     examples: int = Field(default=12, ge=0)
     """Max-activating examples kept a feature."""
+    drawn_examples: int = Field(default=2, ge=0)
+    """Examples kept a feature from each of four ranges of its activation."""
+    pair_examples: int = Field(default=4, ge=0)
+    """Places kept a pair: where in the text it does most to the pattern."""
 
 
 class RunConfig(Config):

@@ -41,7 +41,13 @@ OPTIONS: dict[str, Any] = {
     "evaluation.tokens": 500,
     "evaluation.adversary-steps": 2,
 }
-ARTEFACT = ("dictionaries.safetensors", "pairs.parquet", "features.parquet", "examples.parquet")
+ARTEFACT = (
+    "dictionaries.safetensors",
+    "pairs.parquet",
+    "features.parquet",
+    "examples.parquet",
+    "pair_examples.parquet",
+)
 
 
 def argv(out: Path, model: Path, source: Path, changes: dict[str, Any] | None = None) -> list[str]:

@@ -21,7 +21,7 @@ from qkscope.decomposition import PAIR_COLUMNS, Decomposition
 SHAPES = {"gpt2": (4, 4, 8), "llama": (4, 2, 8), "gemma2": (4, 2, 16), "gpt_oss": (4, 2, 8), "bert": (4, 4, 8)}
 FILES = {
     "dictionaries.safetensors", "pairs.parquet", "features.parquet", "examples.parquet", "metrics.jsonl", "report.json",
-    "patterns.json",
+    "patterns.json", "pair_examples.parquet",
 }  # fmt: skip
 FEATURES = {
     "side": pa.string(), "feature": pa.int32(), "density": pa.float32(), "mean_activation": pa.float32(),
@@ -31,6 +31,12 @@ EXAMPLES = {
     "side": pa.string(), "feature": pa.int32(), "rank": pa.int32(), "activation": pa.float32(),
     "document": pa.int64(), "position": pa.int32(), "tokens": pa.list_(pa.string()),
     "activations": pa.list_(pa.float32()),
+}  # fmt: skip
+PLACES = {
+    "query_feature": pa.int32(), "key_feature": pa.int32(), "head": pa.int16(), "rank": pa.int32(),
+    "effect": pa.float32(), "pattern": pa.float32(), "document": pa.int64(), "query_position": pa.int32(),
+    "key_position": pa.int32(), "query_center": pa.int32(), "key_center": pa.int32(),
+    "query_tokens": pa.list_(pa.string()), "key_tokens": pa.list_(pa.string()),
 }  # fmt: skip
 FIGURES = [
     *(f"{name}.{side}" for name in ("l0", "dead", "dense") for side in ("query", "key")),
@@ -110,6 +116,10 @@ def require_artefact(folder: Path, layer: int, model: str, count: int = 60, widt
     assert len(features) == sum(widths)
     examples = require_schema(here / "examples.parquet", EXAMPLES)
     assert 0 < max(examples["rank"].to_pylist()) < 12
+    places = require_schema(here / "pair_examples.parquet", PLACES)
+    kept_pairs = {tuple(row[n] for n in ("query_feature", "key_feature", "head")) for row in pairs.to_pylist()}
+    shown = {tuple(row[n] for n in ("query_feature", "key_feature", "head")) for row in places.to_pylist()}
+    assert shown and shown <= kept_pairs and max(places["rank"].to_pylist()) < 4
     require_report(here, model, len(pairs), (width + 1) ** 2 * N, features, N)
 
 
@@ -203,11 +213,13 @@ def test_another_seed_gives_another_artefact(run: Callable[..., Path]) -> None:
 
 
 def test_widths_of_their_own(run: Callable[..., Path]) -> None:
-    changes = {"dictionary.width-key": 20, "dictionary.k-key": 2, "evaluation.examples": 0, "layers": 1}
+    changes = {"dictionary.width-key": 20, "dictionary.k-key": 2, "layers": 1}
+    changes |= {f"evaluation.{name}": 0 for name in ("examples", "drawn-examples", "pair-examples")}
     out = run({**changes, "pairs.method": "importance"}, "llama")
     dec = Decomposition.load(out / "layer_1")
     assert (dec.query.width, dec.key.width) == (32, 20)
-    assert len(pq.read_table(out / "layer_1" / "examples.parquet")) == 0
+    for name in ("examples", "pair_examples"):
+        assert len(pq.read_table(out / "layer_1" / f"{name}.parquet")) == 0
     assert read_json(out / "layer_1" / "report.json")["l0"]["key"]["mean"] < 3
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,7 @@ def slow_examples(side: str, most: int, window: int, bos: bool) -> list[dict[str
                     {
                         "side": side,
                         "feature": feature,
+                        "range": -1,
                         "activation": values[at],
                         "document": int(batch.document_B[b]),
                         "position": -1 if bos and at == 0 else position,
@@ -108,7 +112,8 @@ def written(tmp_path: Path, most: int, window: int = 4, bos: bool = True) -> tup
     for batch, acts in batches(bos=bos):
         examples.add(batch, acts)
     examples.write(tmp_path / "layer_3", Letters())
-    assert sorted(p.name for p in (tmp_path / "layer_3").iterdir()) == ["examples.parquet", "features.parquet"]
+    names = ["examples.parquet", "features.parquet", "pair_examples.parquet"]
+    assert sorted(p.name for p in (tmp_path / "layer_3").iterdir()) == names
     return pq.read_table(tmp_path / "layer_3" / "features.parquet"), pq.read_table(
         tmp_path / "layer_3" / "examples.parquet"
     )
@@ -144,6 +149,12 @@ def test_features_are_those_of_the_slow_reference(tmp_path: Path) -> None:
             ranked = sorted((h for h in range(HEADS) if worth[h]), key=lambda h: -worth[h])
             assert row["top_heads"] == ranked[:3]
             assert row["by_position"] == pytest.approx(between(values, places), abs=1e-5)
+            assert row["positions"] == pytest.approx(profile(values, places))
+            assert row["histogram"] == slow_histogram(fires)
+            found = zip(row["top_tokens"], row["top_token_counts"], row["top_token_activations"], strict=True)
+            wanted = slow_tokens(side, feature)
+            assert [one[:2] for one in found] == [one[:2] for one in wanted] and row["token_share"] == 1
+            assert row["top_token_activations"] == pytest.approx([mean for _, _, mean in wanted])
             assert (row["pairs"], row["importance"]) == (len(mine), pytest.approx(sum(worth)))
     assert next(rows, None) is None
     assert not table["live"].to_pylist()[WIDTHS["query"] - 1]
@@ -156,6 +167,78 @@ def between(values: Tensor, places: Tensor) -> float:
     parts = [values[(places >= low) & (places < 2 * low + 1)] for low in (0, 1, 3, 7)]
     share = sum(len(part) * (part.mean() - values.mean()) ** 2 for part in parts if len(part))
     return float(share / whole) if whole > 0 else 0.0
+
+
+def profile(values: Tensor, places: Tensor) -> list[float]:
+    """The mean at the places 0, 1-2, 3-6, 7-14."""
+    return [float(values[(places >= low) & (places < 2 * low + 1)].mean()) for low in (0, 1, 3, 7)]
+
+
+def slow_histogram(fires: Tensor) -> list[int]:
+    edges = [2 ** (i / 2) for i in range(-32, 33)]
+    return [sum(low <= v < high for v in fires.tolist()) for low, high in pairwise(edges)]
+
+
+def slow_tokens(side: str, feature: int) -> list[tuple[str, int, float]]:
+    """The ten most frequent of the tokens on which it fires, with count and mean; of equal ones the first letter."""
+    found: dict[int, list[float]] = {}
+    for batch, acts in batches():
+        for token, real, value in zip(
+            batch.tokens_BT.flatten().tolist(),
+            batch.real_BT.flatten().tolist(),
+            acts[side][..., feature].flatten().tolist(),
+            strict=True,
+        ):
+            if real and value > 0:
+                found.setdefault(token, []).append(value)
+    ranked = sorted(found.items(), key=lambda one: (-len(one[1]), one[0]))[:10]
+    return [(chr(96 + t) if t else "<s>", len(values), sum(values) / len(values)) for t, values in ranked]
+
+
+def splitmix(*parts: int) -> int:
+    """A hash of numbers as a signed 64-bit integer, in Python's integers."""
+    h, last = 0, (1 << 64) - 1
+    for part in parts:
+        h = (h + part + 0x9E3779B97F4A7C15) & last
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & last
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & last
+        h ^= h >> 31
+    return h - (h >> 63 << 64)
+
+
+def slow_drawn(side: str, drawn: int) -> list[tuple[int, int, int, float, int, int]]:
+    """Feature, range, rank, activation, document and position of what is drawn: the lowest hashes of each range."""
+    out = []
+    for feature in range(WIDTHS[side]):
+        fires = []
+        for batch, acts in batches():
+            for b, at in batch.real_BT.nonzero().tolist():
+                if (value := float(acts[side][b, at, feature])) > 0:
+                    number = (int(batch.document_B[b]) << 31) + int(batch.offset_B[b])
+                    place = splitmix(number, at, 2 * feature + (side == "key"))
+                    position = -1 if at == 0 else int(batch.offset_B[b]) + at - 1
+                    fires.append((place, value, int(batch.document_B[b]), position))
+        top = math.floor(math.log2(max((value for _, value, _, _ in fires), default=1)))
+        for below in range(4):
+            here = sorted(one for one in fires if min(top - math.floor(math.log2(one[1])), 3) == below)
+            out += [(feature, below, rank, *one[1:]) for rank, one in enumerate(here[:drawn])]
+    return out
+
+
+@pytest.mark.parametrize("drawn", [1, 3, 100])
+def test_examples_are_drawn_from_each_range(tmp_path: Path, drawn: int) -> None:
+    examples = Examples(decomposition(), 2, drawn=drawn)
+    for batch, acts in batches():
+        examples.add(batch, acts)
+    examples.write(tmp_path, Letters())
+    rows = pq.read_table(tmp_path / "examples.parquet").to_pylist()
+    names = ("feature", "range", "rank", "activation", "document", "position")
+    for side in WIDTHS:
+        found = [tuple(row[name] for name in names) for row in rows if row["side"] == side and row["range"] >= 0]
+        assert found == slow_drawn(side, drawn)
+        assert {below for _, below, *_ in found} == {0, 1, 2, 3}
+    for row in rows:
+        assert row["activations"][row["center"]] == row["activation"]
 
 
 def test_a_feature_of_the_place_alone_is_all_position(tmp_path: Path) -> None:
@@ -185,10 +268,18 @@ def test_column_types(tmp_path: Path) -> None:
         "pairs": "int32",
         "importance": "float",
         "by_position": "float",
+        "positions": "list<element: float>",
+        "histogram": "list<element: int64>",
+        "top_tokens": "list<element: string>",
+        "top_token_counts": "list<element: int64>",
+        "top_token_activations": "list<element: float>",
+        "token_share": "float",
     }
+    assert json.loads(features.schema.metadata[b"histogram_edges"]) == [2 ** (i / 2) for i in range(-32, 33)]
     assert dict(zip(examples.column_names, map(str, examples.schema.types), strict=True)) == {
         "side": "string",
         "feature": "int32",
+        "range": "int8",
         "rank": "int32",
         "activation": "float",
         "document": "int64",

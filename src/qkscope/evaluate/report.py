@@ -92,7 +92,7 @@ def measure(
     """The figures of one layer on held-out text.
 
     `sample` is training text (for the mean pattern and the controls' starts), `step1` the dictionaries before they were
-    tuned, where they were. `examples` collects max-activating examples on the way.
+    tuned, where they were. `examples` collects examples of features and pairs on the way.
     """
     mean = MeanPattern(sample)
     sources: dict[str, Any] = {
@@ -122,7 +122,7 @@ def measure(
         acts = {s: t.encode(inputs.x_BTD.float()) for s, t in zip(SIDES, (dec.query, dec.key), strict=True)}
         for side in SIDES:
             activity[side].add(acts[side], batch.real_BT)
-        examples.add(batch, acts)
+        examples.add(batch, acts, inputs)
         patterns = {name: source(inputs) for name, source in {**sources, **others}.items()}
         patterns["map_all"] = _map_all(dec, inputs, acts)
         for name, log_pattern in patterns.items():

@@ -103,7 +103,8 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
 
     began = time.monotonic()
     sample = [harvest_finite(site, batch.to(device)) for batch in text("train", SAMPLE_TOKENS)]
-    examples = Examples(dec, config.evaluation.examples)
+    wanted = config.evaluation
+    examples = Examples(dec, wanted.examples, drawn=wanted.drawn_examples, pairs=wanted.pair_examples)
     step1 = None
     if (target / "step1.safetensors").exists():
         sides = load_transcoders(target / "step1.safetensors", config, dec.shape)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..errors import UserError
+from ..explain.feature_examples import STRONGEST
 from .charts import finite
 
 PAIRS_SHOWN, LINKED_SHOWN, BIAS_ROWS_SHOWN, DENSEST_SHOWN, SNIPPETS = 30, 12, 10, 6, 2
@@ -68,12 +69,13 @@ class Layer:
 
     @cached_property
     def examples(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
-        """The first few examples of each feature that is shown."""
+        """The first few of the strongest examples of each feature that is shown."""
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         wanted = {-1, *(row["feature"] for row in self.densest)}
         wanted |= {pair[f"{side}_feature"] for part in self.shown_pairs.values() for pair in part for side in SIDES}
         for row in self.rows("examples", [("rank", "<", SNIPPETS), ("feature", "in", wanted)]):
-            found.setdefault((row["side"], row["feature"]), []).append(row)
+            if row.get("range", STRONGEST) == STRONGEST:  # earlier artefacts have no others
+                found.setdefault((row["side"], row["feature"]), []).append(row)
         return found
 
     @cached_property

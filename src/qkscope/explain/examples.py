@@ -1,19 +1,16 @@
-"""What each feature fires on: its statistics and its strongest examples, gathered in one pass over held-out text.
+"""What features and pairs do in text: their statistics and examples, gathered in one pass over held-out text.
 
 What is notable:
-- At most one example a sequence, so that one odd text cannot fill a feature's list.
-- Memory does not grow with the text: for each feature the best `most` so far, as token ids and activations of fixed
-  width. A batch is merged by one sort of [F, most + B] a side, without a loop over features; of equal activations the
-  earlier one stays.
-- The first token of a sequence (BOS) counts like any other: "attend to BOS" is a feature that layers do have.
+- Memory does not grow with the text, and parts of it that are gathered apart merge into what one pass gives, whatever
+  the order (sums to the rounding of float64).
 - An example's position counts the tokens of its document before it, BOS not among them (`Batch.positions`).
 
-Shapes: B sequences, T positions, F features of a side, M examples a feature, W = 2·window + 1 tokens of a window, P
-kept pairs, N heads, R rows of a table, E examples that a batch adds.
+Shapes: B sequences, T positions, F features of a side, P kept pairs, N heads.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,106 +22,94 @@ from torch import Tensor
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
 from ..files import write_atomic
+from ..pattern import AttentionInputs
+from .columns import array, lists
+from .feature_examples import HISTOGRAM_EDGES, FeatureExamples
+from .firing import Firing, blocks
+from .pair_examples import PairExamples
 
 TOP_HEADS = 3
-POSITION_BINS = 24  # of places in a sequence, each twice as wide as the one before: 0, 1-2, 3-6 ...
-NO_TOKEN = -1  # outside of the sequence
-
-
-class _Side:
-    """Statistics and best examples of one side's features so far; ranks are in order, unused ones have activation 0."""
-
-    def __init__(self, width: int, most: int, window: int, device: torch.device) -> None:
-        self.most, self.reach = most, torch.arange(-window, window + 1, device=device)
-        self.tokens = 0
-        self.fired_F = torch.zeros(width, dtype=torch.int64, device=device)
-        self.sum_F = torch.zeros(width, dtype=torch.float64, device=device)
-        self.max_F = torch.zeros(width, device=device)
-        self.square_F = torch.zeros(width, dtype=torch.float64, device=device)
-        self.bin_sum_FR = torch.zeros(width, POSITION_BINS, dtype=torch.float64, device=device)
-        self.bin_tokens_R = torch.zeros(POSITION_BINS, dtype=torch.float64, device=device)
-        self.best_FM = torch.zeros(width, most, device=device)
-        self.place_FM2 = torch.zeros(width, most, 2, dtype=torch.int64, device=device)  # document, position in it
-        self.tokens_FMW = torch.full((width, most, len(self.reach)), NO_TOKEN, dtype=torch.int32, device=device)
-        self.acts_FMW = torch.zeros(width, most, len(self.reach), device=device)
-
-    def add(self, batch: Batch, acts_BTF: Tensor) -> None:
-        """Count one batch, whose activations are zero at padding."""
-        self.tokens += batch.n_tokens
-        self.fired_F += (acts_BTF > 0).float().sum(1).long().sum(0)  # a bool tensor's own sum is three times slower
-        by_position_FT = acts_BTF.double().sum(0).T
-        self.sum_F += by_position_FT.sum(1)
-        self.square_F += acts_BTF.double().square().sum((0, 1))
-        bin_T = (torch.arange(acts_BTF.shape[1], device=acts_BTF.device) + 1).log2().long().clamp(max=POSITION_BINS - 1)
-        self.bin_sum_FR.index_add_(1, bin_T, by_position_FT)
-        self.bin_tokens_R.index_add_(0, bin_T, batch.real_BT.double().sum(0))
-        largest_BF, at_BF = acts_BTF.max(1)
-        self.max_F = torch.maximum(self.max_F, largest_BF.amax(0))
-        if self.most:
-            self._merge(batch, acts_BTF, largest_BF, at_BF)
-
-    def by_position(self) -> Tensor:
-        """Share of an activation's variance over tokens that lies between positions, [F]."""
-        mean_F = self.sum_F / max(self.tokens, 1)
-        whole = self.square_F - self.tokens * mean_F.square()
-        between = (self.bin_sum_FR.square() / self.bin_tokens_R.clamp(min=1)).sum(1) - self.tokens * mean_F.square()
-        return (between / whole.clamp(min=1e-30)).clamp(0, 1)
-
-    def _merge(self, batch: Batch, acts_BTF: Tensor, largest_BF: Tensor, at_BF: Tensor) -> None:
-        """Keep the best of what stood and of each sequence's largest activation."""
-        both = torch.cat([self.best_FM, largest_BF.T], 1)
-        values, order = both.sort(dim=1, descending=True, stable=True)
-        best, order = values[:, : self.most], order[:, : self.most]
-        feature_E, rank_E = ((order >= self.most) & (best > 0)).nonzero(as_tuple=True)
-        if not len(feature_E):
-            return
-        stood = order.clamp(max=self.most - 1)[..., None]
-        self.best_FM = best
-        self.place_FM2 = self.place_FM2.take_along_dim(stood, 1)
-        self.tokens_FMW = self.tokens_FMW.take_along_dim(stood, 1)
-        self.acts_FMW = self.acts_FMW.take_along_dim(stood, 1)
-        row_E = order[feature_E, rank_E] - self.most
-        at_E = at_BF[row_E, feature_E]
-        into = feature_E, rank_E
-        self.place_FM2[into] = torch.stack([batch.document_B[row_E], batch.positions(row_E, at_E)], 1)
-        rows, span_EW = row_E[:, None], at_E[:, None] + self.reach
-        inside = (span_EW >= 0) & (span_EW < acts_BTF.shape[1])
-        span_EW = span_EW.clamp(0, acts_BTF.shape[1] - 1)
-        inside &= batch.real_BT[rows, span_EW]
-        self.tokens_FMW[into] = batch.tokens_BT[rows, span_EW].int().masked_fill(~inside, NO_TOKEN)
-        self.acts_FMW[into] = acts_BTF[rows, span_EW, feature_E[:, None]].masked_fill(~inside, 0)
+GROUP_ROWS = 1 << 15  # rows of a row group, so that one feature's are read without the rest
 
 
 class Examples:
-    """Statistics and the strongest `most` examples of every feature, each with `window` tokens to either side."""
+    """Statistics and examples of every feature and examples of every kept pair of a decomposition.
 
-    def __init__(self, dec: Decomposition, most: int, window: int = 16) -> None:
-        self.dec, self.most, self.window = dec, most, window
+    `most` strongest examples a feature and `drawn` from each range of its activations, with `window` tokens to either
+    side; `pairs` places a pair, with `pair_window`.
+    """
+
+    def __init__(
+        self,
+        dec: Decomposition,
+        most: int,
+        window: int = 16,
+        *,
+        drawn: int = 0,
+        pairs: int = 0,
+        pair_window: int = 8,
+    ) -> None:
+        self.dec = dec
+        self.options = (most, window, drawn, pairs, pair_window)
         device = dec.query.W_enc.device
-        self._sides = {
-            s: _Side(t.width, most, window, device) for s, t in zip(SIDES, (dec.query, dec.key), strict=True)
+        self.sides = {
+            side: FeatureExamples(transcoder.width, most, drawn, window, salt, device)
+            for salt, (side, transcoder) in enumerate(zip(SIDES, (dec.query, dec.key), strict=True))
         }
+        self.pairs = PairExamples(dec, pairs, pair_window)
 
     @torch.no_grad()
-    def add(self, batch: Batch, acts: dict[str, Tensor]) -> None:
-        """Take in one batch: `acts` gives each side's activations [B, T, F], whatever they are at padding."""
+    def add(self, batch: Batch, acts: dict[str, Tensor], inputs: AttentionInputs | None = None) -> None:
+        """Take in one batch: `acts` gives each side's activations [B, T, F], whatever they are at padding, and `inputs`
+        what the attention was handed; without it, pairs get no examples."""
         batch = batch.to(self.dec.query.W_enc.device)
-        for side, gathered in self._sides.items():
-            gathered.add(batch, acts[side].detach().float().masked_fill(~batch.real_BT[..., None], 0))
+        firing: dict[str, Firing] = {}
+        for side, gathered in self.sides.items():
+            parts = []
+            for here, acts_BTf, fires in blocks(acts[side], batch.real_BT):
+                gathered.add(batch, here, acts_BTf, fires)
+                parts.append(fires)
+            firing[side] = Firing.cat(parts)
+            gathered.add_whole(batch, firing[side])
+        if inputs is not None:
+            self.pairs.add(batch, inputs, acts, firing["query"], firing["key"])
+
+    @torch.no_grad()
+    def merge(self, other: Examples) -> None:
+        """Take in what another gathered of the same decomposition, with the same options, on other text."""
+        own, others = self.dec.pairs, other.dec.pairs
+        same = all(torch.equal(getattr(own, n), getattr(others, n)) for n in ("query_P", "key_P", "head_P"))
+        if self.options != other.options or not same:
+            raise ValueError(
+                f"examples of another decomposition or with other options: {other.options}, {self.options}"
+            )
+        for side in SIDES:
+            self.sides[side].merge(other.sides[side])
+        self.pairs.merge(other.pairs)
 
     def write(self, folder: Path, tokenizer: Any) -> None:
-        """Write features.parquet and examples.parquet into a layer's folder."""
-        features, examples = self.feature_table(), self.example_table(tokenizer)
-        write_atomic(folder / "features.parquet", lambda path: pq.write_table(features, path))
-        write_atomic(folder / "examples.parquet", lambda path: pq.write_table(examples, path))
+        """Write features.parquet, examples.parquet and pair_examples.parquet into a layer's folder."""
+        texts = token_texts(tokenizer, self.used_tokens())
+        edges = {"histogram_edges": json.dumps(HISTOGRAM_EDGES)}
+        tables = {
+            "features": pa.concat_tables([self._features(side, texts) for side in SIDES]).replace_schema_metadata(
+                edges
+            ),
+            "examples": pa.concat_tables([self._examples(side, texts) for side in SIDES]),
+            "pair_examples": self.pairs.table(texts),
+        }
+        for name, table in tables.items():
+            write_atomic(
+                folder / f"{name}.parquet", lambda path, t=table: pq.write_table(t, path, row_group_size=GROUP_ROWS)
+            )
 
-    def feature_table(self) -> pa.Table:
-        """A row for each feature of both sides, dead ones included."""
-        return pa.concat_tables([self._features(side) for side in SIDES])
+    def used_tokens(self) -> list[int]:
+        """The tokens that the tables hold, in order."""
+        return sorted(self.pairs.used_tokens().union(*(side.used_tokens() for side in self.sides.values())))
 
-    def _features(self, side: str) -> pa.Table:
-        got = self._sides[side]
-        width = len(got.fired_F)
+    def _features(self, side: str, texts: dict[int, str]) -> pa.Table:
+        """A row for each feature, dead ones included."""
+        width = len(self.sides[side].fired_F)
         pairs = self.dec.pairs
         feature_P = (pairs.query_P if side == "query" else pairs.key_P).cpu()
         in_pairs = torch.bincount(feature_P, minlength=width + 1)[:width]  # the last one is the side's bias
@@ -136,45 +121,18 @@ class Examples:
         return pa.table(
             {
                 "side": pa.array([side] * width, pa.string()),
-                "feature": _array(torch.arange(width), pa.int32()),
-                "density": _array(got.fired_F / max(got.tokens, 1), pa.float32()),
-                "mean_activation": _array(got.sum_F / got.fired_F.clamp(min=1), pa.float32()),
-                "max_activation": _array(got.max_F, pa.float32()),
-                "live": _array(got.fired_F > 0, pa.bool_()),
+                "feature": array(torch.arange(width), pa.int32()),
+                **self.sides[side].statistics(texts),
                 "top_heads": _top_heads(by_head[:width], reads[:width]),
-                "pairs": _array(in_pairs, pa.int32()),
-                "importance": _array(by_head[:width].sum(1), pa.float32()),
-                "by_position": _array(got.by_position(), pa.float32()),
+                "pairs": array(in_pairs, pa.int32()),
+                "importance": array(by_head[:width].sum(1), pa.float32()),
             }
         )
-
-    def example_table(self, tokenizer: Any) -> pa.Table:
-        """A row for each kept example, by side, feature and rank; `position` is its token's in the document."""
-        used = torch.cat([s.tokens_FMW.flatten() for s in self._sides.values()]).unique().tolist()
-        texts = token_texts(tokenizer, [token for token in used if token != NO_TOKEN])
-        return pa.concat_tables([self._examples(side, texts) for side in SIDES])
 
     def _examples(self, side: str, texts: dict[int, str]) -> pa.Table:
-        got = self._sides[side]
-        feature_R, rank_R = (got.best_FM > 0).nonzero(as_tuple=True)
-        tokens_RW = got.tokens_FMW[feature_R, rank_R].cpu()
-        document_R, position_R = got.place_FM2[feature_R, rank_R].cpu().unbind(1)
-        inside = tokens_RW != NO_TOKEN
-        strings = pa.array([texts[token] for token in tokens_RW[inside].tolist()], pa.string())
-        acts = _array(got.acts_FMW[feature_R, rank_R].cpu()[inside], pa.float32())
-        return pa.table(
-            {
-                "side": pa.array([side] * len(feature_R), pa.string()),
-                "feature": _array(feature_R, pa.int32()),
-                "rank": _array(rank_R, pa.int32()),
-                "activation": _array(got.best_FM[feature_R, rank_R], pa.float32()),
-                "document": _array(document_R, pa.int64()),
-                "position": _array(position_R, pa.int32()),
-                "center": _array(inside[:, : self.window].sum(1), pa.int32()),
-                "tokens": _lists(inside.sum(1), strings),
-                "activations": _lists(inside.sum(1), acts),
-            }
-        )
+        """A row for each kept example, by feature, range and rank; `position` is its token's in the document."""
+        columns = self.sides[side].examples(texts)
+        return pa.table({"side": pa.array([side] * len(columns["feature"]), pa.string()), **columns})
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> dict[int, str]:
@@ -205,14 +163,4 @@ def _top_heads(importance_FN: Tensor, reads_FN: Tensor) -> pa.Array:
     counts = reads_FN.sum(1).clamp(max=TOP_HEADS)
     ranked = ranked[:, :TOP_HEADS]
     kept = ranked[torch.arange(ranked.shape[1]) < counts[:, None]]
-    return _lists(counts, _array(kept, pa.int16()))
-
-
-def _array(values: Tensor, kind: pa.DataType) -> pa.Array:
-    return pa.array(values.cpu().numpy()).cast(kind, safe=False)
-
-
-def _lists(lengths_R: Tensor, values: pa.Array) -> pa.Array:
-    """A list column from its flat values."""
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_R.cpu().cumsum(0)])
-    return pa.ListArray.from_arrays(_array(offsets, pa.int32()), values)
+    return lists(counts, array(kept, pa.int16()))

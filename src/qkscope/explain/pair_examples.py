@@ -1,0 +1,296 @@
+"""Where each kept pair does most to the pattern: the pairs of tokens, with both contexts.
+
+A pair (a, b) of a head adds δ_ij = scale · strength · a_q[i,a] · M(i-j) · a_k[j,b] to the score of query i and key j
+(M is 1 without a rotary embedding). To first order that changes the pattern P of the pruned map by
+
+    effect_ij = P_ij · (δ_ij·f'_ij - Σ_j' P_ij' · δ_ij'·f'_ij')
+
+which is the derivative of P_ij by the logarithm of the pair's strength (f' the slope of a soft cap; a sink takes part
+with δ = 0). P is the map's pattern, not the model's, because the pair is a part of the map: effects are then
+derivatives of one function, whose distance from the model the report says.
+
+What is notable:
+- Only tokens on which both features fire count as places; inhibiting pairs (effect below 0) as much as exciting ones.
+- At most one place a sequence and pair.
+- Terms are listed sparsely: for each pair and sequence, every query on which a fires with every key on which b does.
+  They go by in blocks of pairs with a bounded number of terms. With a rotary embedding M depends on i-j alone, so a
+  block needs one product [pairs, H] · [H, distances] more.
+
+Shapes: B sequences, T positions, N heads, G key-value heads, H head width, F features of a side (the bias behind them),
+P kept pairs (p of a block), D distances, S = p·B cells (a pair in a sequence; C those with a row), R rows (a query of a
+cell), E terms (a key of a row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ..data.sequences import Batch
+from ..decomposition import SIDES, Decomposition
+from ..kernels.row_kl import exp
+from ..pairs.pair_map import pair_scores, rows, with_bias
+from ..pattern import AttentionInputs, PatternRule
+from ..rotary import Rotary
+from .best import Best
+from .columns import array, token_lists
+from .firing import NO_TOKEN, Firing, sequence_numbers, window_tokens
+
+BLOCK_TERMS = 1 << 17  # terms of one block of pairs: about 10 MB, what a cache holds; one pair alone has at most B·T²
+MERGED_PAIRS = 4096  # at once
+LEAST_EFFECT = 1e-6  # of a pattern entry; what is below is rounding
+
+
+class PairExamples:
+    """The `most` places of the largest effect for each kept pair, with `window` tokens around the query and the key."""
+
+    def __init__(self, dec: Decomposition, most: int, window: int) -> None:
+        self.dec, self.window = dec, window
+        tokens = ((2 * window + 1,), torch.int32)
+        kept = {
+            "effect": ((), torch.float32),
+            "pattern": ((), torch.float32),
+            "document": ((), torch.int64),
+            "query_position": ((), torch.int32),
+            "key_position": ((), torch.int32),
+            "query_tokens": tokens,
+            "key_tokens": tokens,
+        }
+        self.best = Best(len(dec.pairs), most, kept, dec.strength_P.device)
+
+    def add(self, batch: Batch, inputs: AttentionInputs, acts: dict[str, Tensor], query: Firing, key: Firing) -> None:
+        """Take in one batch: both sides' activations [B, T, F], and where they fire."""
+        if not self.best.most:
+            return
+        dec = self.dec
+        both = Places.of(query, dec.query.width, batch), Places.of(key, dec.key.width, batch)
+        terms = Terms(dec, inputs.rule, with_bias(acts["query"].float()), with_bias(acts["key"].float()), *both)
+        for block in terms.blocks():
+            if len(block.cell_R):
+                self._add(batch, terms, block)
+
+    def _add(self, batch: Batch, terms: Terms, block: Rows) -> None:
+        """Offer the best place of each cell of a block."""
+        length = batch.tokens_BT.shape[1]
+        change, _, _, count_R = terms.of(block)
+        size_R = torch.segment_reduce(change.abs(), "max", lengths=count_R) * block.weight_R.abs()
+        row_C = _first_largest(size_R, block.cell_R.unique_consecutive(return_counts=True)[1])
+        size_C = size_R[row_C]
+
+        def place(index: Tensor) -> dict[str, Tensor]:
+            """What is shown of the cells' best places."""
+            chosen = block.take(row_C[index])
+            change, token, pattern, count = terms.of(chosen)
+            best = _first_largest(change.abs(), count)
+            sequence, query_at, key_at = chosen.token_R // length, chosen.token_R % length, token[best] % length
+            return {
+                "effect": change[best] * chosen.weight_R,
+                "pattern": pattern[best],
+                "document": batch.document_B[sequence],
+                "query_position": batch.positions(sequence, query_at).int(),
+                "key_position": batch.positions(sequence, key_at).int(),
+                "query_tokens": window_tokens(batch, sequence, query_at, self.window),
+                "key_tokens": window_tokens(batch, sequence, key_at, self.window),
+            }
+
+        self.best.add(
+            block.pair_p[block.place_R[row_C]],
+            size_C.masked_fill(size_C < LEAST_EFFECT, 0),
+            sequence_numbers(batch)[block.token_R[row_C] // length],
+            place,
+        )
+
+    def merge(self, other: PairExamples) -> None:
+        """Take in what another gathered on other text for the same pairs."""
+        for pairs in torch.arange(len(self.dec.pairs), device=self.best.score_GM.device).split(MERGED_PAIRS):
+            self.best.merge(other.best, pairs, pairs)
+
+    def used_tokens(self) -> set[int]:
+        """The tokens that the table holds."""
+        kept = self.best.take().payload
+        return {t for n in ("query_tokens", "key_tokens") for t in kept[n].unique().tolist()} - {NO_TOKEN}
+
+    def table(self, texts: dict[int, str]) -> pa.Table:
+        """A row for each example, by head, query feature, key feature and rank; -1 is a side's bias."""
+        got, pairs = self.best.take(), self.dec.pairs
+        query, key, head = (t[got.place] for t in (pairs.query_P, pairs.key_P, pairs.head_P))
+        kept = {name: values.cpu() for name, values in got.payload.items()}
+        return pa.table(
+            {
+                "query_feature": array(query.where(query < pairs.n_query, -1), pa.int32()),
+                "key_feature": array(key.where(key < pairs.n_key, -1), pa.int32()),
+                "head": array(head, pa.int16()),
+                "rank": array(got.rank, pa.int32()),
+                "effect": array(kept["effect"], pa.float32()),
+                "pattern": array(kept["pattern"], pa.float32()),
+                "document": array(kept["document"], pa.int64()),
+                **{
+                    name: column
+                    for side in SIDES
+                    for name, column in {
+                        f"{side}_position": array(kept[f"{side}_position"], pa.int32()),
+                        f"{side}_center": array(
+                            (kept[f"{side}_tokens"][:, : self.window] != NO_TOKEN).sum(1), pa.int32()
+                        ),
+                        f"{side}_tokens": token_lists(kept[f"{side}_tokens"], texts),
+                    }.items()
+                },
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each feature of a side fires in a batch, the bias (the last one) at every token; by feature, then token."""
+
+    token_E: Tensor
+    value_E: Tensor
+    place_E: Tensor
+    """(feature · B + sequence) · T + position: rises."""
+    count_FB: Tensor
+    start_FB: Tensor
+
+    @classmethod
+    def of(cls, firing: Firing, width: int, batch: Batch) -> Places:
+        sequences, length = batch.tokens_BT.shape
+        real = batch.real_BT.flatten().nonzero()[:, 0]
+        token = torch.cat([firing.token_E, real])
+        feature = torch.cat([firing.feature_E, torch.full_like(real, width)])
+        value = torch.cat([firing.value_E, torch.ones_like(real, dtype=torch.float32)])
+        cell = feature * sequences + token // length
+        count = torch.bincount(cell, minlength=(width + 1) * sequences)
+        start = count.cumsum(0) - count
+        place = cell * length + token % length
+        return cls(token, value, place, count.view(-1, sequences), start.view(-1, sequences))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a block of pairs, by cell."""
+
+    pair_p: Tensor
+    cell_R: Tensor
+    place_R: Tensor
+    """The row's pair, as its place in the block."""
+    token_R: Tensor
+    """The query: sequence · T + position."""
+    weight_R: Tensor
+    """scale · strength · a_q."""
+    first_R: Tensor
+    """The first of the keys on which the key feature fires within what the query sees, and how many there are."""
+    count_R: Tensor
+    distance_pD: Tensor | None
+    """M at each distance from -(T-1) to T-1."""
+
+    def take(self, index: Tensor) -> Rows:
+        """Some of the rows."""
+        names = ("cell_R", "place_R", "token_R", "weight_R", "first_R", "count_R")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+
+class Terms:
+    """The terms of all pairs on one batch, block by block."""
+
+    def __init__(
+        self, dec: Decomposition, rule: PatternRule, acts_q_BTF: Tensor, acts_k_BTF: Tensor, query: Places, key: Places
+    ) -> None:
+        self.dec, self.rule, self.query, self.key = dec, rule, query, key
+        self.rows_q, self.rows_k = rows(dec.query, dec.shape.N), rows(dec.key, dec.shape.G)
+        scores = pair_scores(dec.pairs, dec.strength_P, acts_q_BTF, acts_k_BTF, self.rows_q, self.rows_k, rule)
+        self.length = scores.shape[-1]
+        self.pattern = exp(rule.masked(scores).log_softmax(-1))[..., : self.length].flatten()
+        visible_BQK = rule.visible_BQK.expand(len(scores), -1, -1)
+        self.first_seen_n = visible_BQK.byte().argmax(-1).flatten()  # the first and the last key that a query sees
+        self.last_seen_n = self.length - 1 - visible_BQK.flip(-1).byte().argmax(-1).flatten()
+        self.slope = None if rule.softcap is None else (1 - (scores / rule.softcap).square()).flatten()
+
+    def blocks(self) -> Iterator[Rows]:
+        """The rows of all pairs that have any, in blocks of about `BLOCK_TERMS` terms."""
+        pairs = self.dec.pairs
+        terms_P = torch.zeros_like(pairs.query_P)
+        for query_F, key_F in zip(self.query.count_FB.T, self.key.count_FB.T, strict=True):
+            terms_P += query_F[pairs.query_P] * key_F[pairs.key_P]
+        if self.rule.rotary is None and self.rule.shift_free:  # a constant along the row cancels in the softmax
+            terms_P[pairs.key_P == pairs.n_key] = 0
+        index = terms_P.nonzero()[:, 0]
+        itself = self.query.count_FB.shape[1] + (0 if self.rule.rotary is None else 2 * self.length)  # cells, distances
+        size = terms_P[index].clamp(min=itself)
+        blocks = (size.cumsum(0) // BLOCK_TERMS).unique_consecutive(return_counts=True)[1]
+        for pair_p in index.split(blocks.tolist()):
+            yield self._rows(pair_p)
+
+    def _rows(self, pair_p: Tensor) -> Rows:
+        pairs = self.dec.pairs
+        query_p, key_p = pairs.query_P[pair_p], pairs.key_P[pair_p]
+        sequences = self.query.count_FB.shape[1]
+        count_S = (self.query.count_FB[query_p] * (self.key.count_FB[key_p] > 0)).flatten()
+        cell_R = torch.arange(len(count_S), device=pair_p.device).repeat_interleave(count_S)
+        within_R = torch.arange(len(cell_R), device=pair_p.device) - (count_S.cumsum(0) - count_S)[cell_R]
+        entry_R = self.query.start_FB[query_p].flatten()[cell_R] + within_R
+        token_R = self.query.token_E[entry_R]
+        begin_R = (key_p[cell_R // sequences] * sequences + cell_R % sequences) * self.length
+        first_R = torch.searchsorted(self.key.place_E, begin_R + self.first_seen_n[token_R])
+        count_R = torch.searchsorted(self.key.place_E, begin_R + self.last_seen_n[token_R], right=True) - first_R
+        strength_p = self.dec.strength_P[pair_p] * self.rule.scaling
+        found = Rows(
+            pair_p=pair_p,
+            cell_R=cell_R,
+            place_R=cell_R // sequences,
+            token_R=token_R,
+            weight_R=strength_p[cell_R // sequences] * self.query.value_E[entry_R],
+            first_R=first_R,
+            count_R=count_R,
+            distance_pD=None if self.rule.rotary is None else self._distances(self.rule.rotary, pair_p),
+        )
+        return found.take(count_R.nonzero()[:, 0])
+
+    def _distances(self, rotary: Rotary, pair_p: Tensor) -> Tensor:
+        """M = ⟨R_i W_q, R_j W_k⟩ of each pair at every distance i-j."""
+        dec, pairs = self.dec, self.dec.pairs
+        order, phase = rotary.phases()
+        head_p = pairs.head_P[pair_p]
+        left = self.rows_q[pairs.query_P[pair_p], head_p]
+        right = self.rows_k[pairs.key_P[pair_p], head_p * dec.shape.G // dec.shape.N]
+        left, right = (torch.view_as_complex(x[:, order].unflatten(1, (-1, 2)).contiguous()) for x in (left, right))
+        forward = phase[0] * phase[0, :1].conj()  # the rotation over each distance from 0 on
+        turned = torch.cat([forward[1:].conj().flip(0), forward])
+        product = left * right.conj()
+        return torch.cat([product.real, -product.imag], 1) @ torch.cat([turned.real, turned.imag], 1).T
+
+    def of(self, chosen: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The terms of some rows: the change of the pattern for a query's weight of 1, key token and pattern [E] each,
+        and how many terms each row has."""
+        sequence = chosen.token_R // self.length
+        head_R = self.dec.pairs.head_P[chosen.pair_p][chosen.place_R]
+        line_R = (sequence * self.dec.shape.N + head_R) * self.length + chosen.token_R % self.length
+        start_R = line_R * self.length - sequence * self.length  # of a query's line in the pattern, less its tokens'
+        row_E = torch.arange(len(start_R), device=start_R.device).repeat_interleave(chosen.count_R)
+        skipped_R = chosen.first_R - (chosen.count_R.cumsum(0) - chosen.count_R)
+        entry_E = torch.arange(len(row_E), device=row_E.device) + skipped_R.index_select(0, row_E)
+        token_E = self.key.token_E.index_select(0, entry_E)
+        at_E = start_R.index_select(0, row_E) + token_E
+        pattern_E = self.pattern.index_select(0, at_E)
+        value_E = self.key.value_E.index_select(0, entry_E)
+        if chosen.distance_pD is not None:
+            far = chosen.distance_pD.shape[1]
+            origin_R = chosen.place_R * far + chosen.token_R + self.length - 1  # both tokens are of the same sequence
+            value_E = value_E * chosen.distance_pD.flatten().index_select(0, origin_R.index_select(0, row_E) - token_E)
+        if self.slope is not None:
+            value_E = value_E * self.slope.index_select(0, at_E)
+        mean_R = torch.segment_reduce(pattern_E * value_E, "sum", lengths=chosen.count_R)
+        change_E = pattern_E * (value_E - mean_R.index_select(0, row_E))
+        return change_E, token_E, pattern_E, chosen.count_R
+
+
+def _first_largest(values: Tensor, lengths: Tensor) -> Tensor:
+    """Index of the largest value of each segment, of equal ones the first; no segment is empty."""
+    segment = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    largest = torch.segment_reduce(values, "max", lengths=lengths)
+    at = (values == largest[segment]).nonzero()[:, 0]
+    first = torch.ones_like(at, dtype=torch.bool)
+    first[1:] = segment[at].diff() != 0
+    return at[first]
