@@ -172,11 +172,12 @@ def test_blocks_ask_for_as_many_units() -> None:
 def folder_with(path: Path, truth: bool = True) -> Path:
     """A layer's folder with examples of three features a side, and labels of the first two."""
     rows = [
-        {"side": side, "feature": f, "rank": r, "tokens": ["x", token, "y"], "center": 1}
+        {"side": side, "feature": f, "range": -1, "rank": r, "tokens": ["x", token, "y"], "center": 1}
         for side in ("query", "key")
         for f, tokens in enumerate([[" a", " a", " b"], [" c"], [" d", " d", " e", "\n"]])
         for r, token in enumerate(tokens)
     ]
+    rows += [{**rows[0], "range": 2, "rank": r, "tokens": ["x", " weak", "y"]} for r in range(9)]
     pq.write_table(pa.Table.from_pylist(rows), path / "examples.parquet")
     if truth:
         known = [{"label": "name", "f1": 0.9}, {"label": "comma", "f1": 0.3}, None]
@@ -187,16 +188,16 @@ def folder_with(path: Path, truth: bool = True) -> Path:
 def test_features_are_named_by_labels_where_they_say_more(tmp_path: Path) -> None:
     names = FeatureNames(folder_with(tmp_path))
     assert names.of("query", 0) == "q0 name"
-    assert names.of("key", 1) == "k1 “ c”"  # its label is a bad one
-    assert names.of("key", 2) == "k2 “ d”, “ e”, “↵”"
+    assert names.of("key", 1) == "k1 “␣c”"  # its label is a bad one
+    assert names.of("key", 2) == "k2 “␣d”, “␣e”, “⏎”"
     assert names.of("query", -1) == "bias" and names.of("query", 9) == "q9"
     assert names.of_group("query", [(0, 0.6), (1, 0.2), (2, 0.2)]) == "name"
-    assert names.of_group("query", [(0, 0.3), (1, 0.1), (2, 0.6)]) == "“ d”, “ e”, “↵”"
+    assert names.of_group("query", [(0, 0.3), (1, 0.1), (2, 0.6)]) == "“␣d”, “␣e”, “⏎”"
     assert names.of_group("key", [(9, 1.0)]) == "unnamed"
 
 
 def test_names_without_labels_or_examples(tmp_path: Path) -> None:
-    assert FeatureNames(folder_with(tmp_path, truth=False)).of("query", 0) == "q0 “ a”, “ b”"
+    assert FeatureNames(folder_with(tmp_path, truth=False)).of("query", 0) == "q0 “␣a”, “␣b”"
     (tmp_path / "examples.parquet").unlink()
     assert FeatureNames(tmp_path).of("query", 0) == "q0"
     (tmp_path / "examples.parquet").write_text("no parquet")

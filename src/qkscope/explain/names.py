@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..evaluate.stored import Layer, read
+from .feature_examples import STRONGEST
+from .text import shown
 
 NAMED = 0.5  # F1 of a label from which it says more of a feature than its tokens do
 TOKENS = 3  # in a name
@@ -67,7 +69,8 @@ class FeatureNames:
     @cached_property
     def _tokens(self) -> dict[tuple[str, int], dict[str, float]]:
         path = self._layer.folder / "examples.parquet"
-        table = read(path, lambda path: pq.read_table(path, columns=["side", "feature", "center", "tokens"]))
+        columns, strongest = ["side", "feature", "center", "tokens"], [("range", "=", STRONGEST)]
+        table = read(path, lambda path: pq.read_table(path, columns=columns, filters=strongest))
         if table is None:
             return {}
         lists = table["tokens"].combine_chunks()
@@ -87,9 +90,3 @@ def _first(shares: dict[str, float], count: int) -> list[str]:
 def _listed(tokens: dict[str, float]) -> str:
     """The most common tokens, quoted."""
     return ", ".join(shown(token) for token in _first(tokens, TOKENS))
-
-
-def shown(token: str) -> str:
-    """A token in quotation marks, its white space visible, and nothing in it that a terminal would act on."""
-    visible = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
-    return "“" + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in visible) + "”"

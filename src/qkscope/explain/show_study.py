@@ -13,7 +13,11 @@ from ..errors import UserError
 from ..files import unwritable, write_json
 from .names import FeatureNames
 from .opening import open_layers
+from .stored import pair_examples
 from .study import REMOVED, study_layer
+from .text import marked
+
+EXAMPLES = 1  # of a pair, that are printed
 
 
 def study(
@@ -62,6 +66,18 @@ def _chosen(prompts: str, target: str | None, seed: int) -> PromptSet:
     return PromptSet(found.name, found.prompts, target, (target,))
 
 
+def _examples(dec: Decomposition, head: int, pair: dict[str, Any]) -> Iterator[str]:
+    """Where in held-out text the pair does most to the pattern: the query's and the key's context."""
+    try:
+        found = pair_examples(dec.folder or Path(), pair["query_feature"], pair["key_feature"], head)
+    except UserError:  # a run of a version that had none, or one that gathered none
+        return
+    for example in found[:EXAMPLES]:
+        sides = (example.query_tokens, example.query_center), (example.key_tokens, example.key_center)
+        query, key = (marked(tokens[max(c - 5, 0) : c + 4], min(c, 5)) for tokens, c in sides)
+        yield f"              {query.strip()}  →  {key.strip()}"
+
+
 def _layer(dec: Decomposition, row: dict[str, Any], asked: PromptSet) -> Iterator[str]:
     names = FeatureNames(dec.folder or Path())
     prompts = row["prompts"]
@@ -81,15 +97,17 @@ def _layer(dec: Decomposition, row: dict[str, Any], asked: PromptSet) -> Iterato
             yield f"    pairs to {mark}, in nats of its log-odds against the rest of the row:"
             yield from (f"      {_pair(p, names)}" for p in pairs)
         if "ablation" in found:
-            yield from _ablation(found["ablation"], names)
+            yield from _ablation(found["ablation"], dec, n, names)
     yield ""
 
 
-def _ablation(found: dict[str, Any], names: FeatureNames) -> Iterator[str]:
+def _ablation(found: dict[str, Any], dec: Decomposition, head: int, names: FeatureNames) -> Iterator[str]:
     effect, many = found["effect"], len(found["pairs"])
     aim = f"{REMOVED:.0%} of the attention to {', '.join(found['family'])}"
     yield f"    without {many} pair{'s' * (many > 1)}, chosen to take {aim}:"
-    yield from (f"      {_pair(p, names)}" for p in found["pairs"])
+    for pair in found["pairs"]:
+        yield f"      {_pair(pair, names)}"
+        yield from _examples(dec, head, pair)
     yield f"      {'':<30}{'attention there':>16}{'taken':>7}{'right over wrong':>18}{'row':>8}{'other rows':>12}"
     before = effect["before"]
     yield _line("before", before["attention"], None, before.get("difference"), None, None)

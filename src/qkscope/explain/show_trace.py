@@ -9,8 +9,9 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..files import unwritable, write_json
 from .account import EXPLAINED, Account
-from .names import FeatureNames, shown
+from .names import FeatureNames
 from .opening import one_layer
+from .text import shown
 from .trace import KINDS, Trace, Why, trace
 
 KEYS = 8  # of a row, that are listed

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 
 from ..decomposition import SIDES
 from ..errors import UserError
+from .text import marked, shown
 
 T = TypeVar("T")
 AGAIN = "qkscope evaluate writes it"
-VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "↵"})
 
 
 @dataclass(frozen=True)
-class Feature:
+class FeatureStatistics:
     """A row of features.parquet."""
 
     side: str
@@ -49,8 +49,7 @@ class Feature:
 
     def __str__(self) -> str:
         tokens = ", ".join(
-            f"{token.translate(VISIBLE)!r} {count}"
-            for token, count in zip(self.top_tokens, self.top_token_counts, strict=True)
+            f"{shown(token)} {count}" for token, count in zip(self.top_tokens, self.top_token_counts, strict=True)
         )
         fires = f"fires on {self.density:.3%} of tokens, at most {self.max_activation:.3g}" if self.live else "is dead"
         return f"{self.side} feature {self.feature} {fires}" + (f"; on {tokens}" if tokens else "")
@@ -104,12 +103,12 @@ class PairExample:
         return f"{self.effect:+8.3f} of {self.pattern:.3f}  {query}  →  {key}"
 
 
-def feature_statistics(folder: str | Path, side: str, feature: int) -> Feature:
+def feature_statistics(folder: str | Path, side: str, feature: int) -> FeatureStatistics:
     """One feature's row of a layer's features.parquet; `UserError` where there is none."""
     rows = _of_feature(Path(folder) / "features.parquet", side, feature)
     if not rows:
         raise UserError(f"{folder} has no {side} feature {feature}; features.parquet lists those that there are")
-    return _as(Feature, rows[0], Path(folder))
+    return _as(FeatureStatistics, rows[0], Path(folder))
 
 
 def feature_examples(folder: str | Path, side: str, feature: int) -> list[Example]:
@@ -138,15 +137,6 @@ def pair_examples(folder: str | Path, query: int, key: int, head: int) -> list[P
             "lists those that it keeps"
         )
     return [_as(PairExample, row, folder) for row in rows]
-
-
-def marked(tokens: list[str], center: int) -> str:
-    """The tokens as one line of text with one of them in «»; the space before it stays outside."""
-    before, token, after = (
-        "".join(part) for part in (tokens[:center], tokens[center : center + 1], tokens[center + 1 :])
-    )
-    bare = token.lstrip(" ") or token
-    return f"{before}{token[: len(token) - len(bare)]}«{bare}»{after}".translate(VISIBLE)
 
 
 def _of_feature(path: Path, side: str, feature: int) -> list[dict[str, Any]]:
