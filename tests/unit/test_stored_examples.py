@@ -14,7 +14,8 @@ from test_pair_examples import a_batch, acts_of
 from qkscope.decomposition import Decomposition
 from qkscope.errors import UserError
 from qkscope.explain.examples import Examples
-from qkscope.explain.stored import feature_examples, feature_statistics, marked, pair_examples
+from qkscope.explain.stored import feature_examples, feature_statistics, pair_examples
+from qkscope.explain.text import marked
 
 
 @pytest.fixture
@@ -67,9 +68,8 @@ def test_each_is_one_line(layer: tuple[Path, Decomposition]) -> None:
         marked(place.key_tokens, place.key_center),
     )
     statistics = feature_statistics(folder, "query", 0)
-    assert str(statistics).startswith("query feature 0 fires on ") and f"'{statistics.top_tokens[0]}'" in str(
-        statistics
-    )
+    assert str(statistics).startswith("query feature 0 fires on ")
+    assert f"“{statistics.top_tokens[0]}”" in str(statistics)
 
 
 def test_marks_stand_close_to_the_token() -> None:

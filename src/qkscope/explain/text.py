@@ -1,4 +1,4 @@
-"""Tokens as a person reads them on a terminal: white space visible where it matters, nothing that a terminal acts on."""
+"""Tokens as a person reads them on a terminal: white space visible where it matters, nothing a terminal acts on."""
 
 from __future__ import annotations
 
