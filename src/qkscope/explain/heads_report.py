@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..attention import AttentionSite
-from ..config import build
-from ..decomposition import SIDES, Decomposition, read_run
+from ..decomposition import SIDES, Decomposition
 from ..errors import UserError
 from ..evaluate.run import text_of
 from ..files import unwritable, write_json
-from ..models import load_model
-from ..run_folder import layer_folder, require_finished, variants
 from ..training.stream import harvest_finite
 from . import heads, units
 from .distance import DistanceProfiles, distance_profiles, no_rotary
 from .names import FeatureNames
+from .opening import layer_folders, with_sites
 
 COLUMNS = 100
 POSITIONAL = 0.1  # share of position from which a pair's peak is shown
@@ -46,7 +43,7 @@ def report_heads(
         raise UserError(f"--top {top}: name a number of pairs of at least 0")
     if path is not None and (wrong := unwritable(path)):
         raise UserError(f"--json {path}: {wrong}; name a file")
-    places = _places(folder, layer)
+    places = layer_folders(folder, layer)
     decs = [Decomposition.load(place).to(device) for place in places]
     profiles = _profiles(decs, device) if distance else [None] * len(decs)
     found: dict[str, Any] = {"run": str(folder), "layers": []}
@@ -74,33 +71,13 @@ def report_heads(
     return found
 
 
-def _places(folder: Path, layer: int | None) -> list[Path]:
-    """The layers' folders that are meant."""
-    if folder.resolve().name.startswith("layer_") and not (folder / "config.yaml").exists():
-        require_finished(folder.parent)
-        if layer is not None and folder.resolve().name != f"layer_{layer}":
-            raise UserError(f"--layer {layer}: {folder} is another layer's folder; leave --layer out")
-        return [folder]
-    config = build(read_run(folder)["run"], str(folder / "config.yaml"))
-    require_finished(folder)
-    if members := [name for name in variants(config) if name]:
-        raise UserError(f"{folder}: is a sweep; name one of its members: {', '.join(str(folder / m) for m in members)}")
-    layers = sorted(set(config.layers))
-    if layer is not None and layer not in layers:
-        raise UserError(f"--layer {layer}: the run has layers {', '.join(map(str, layers))}")
-    return [layer_folder(folder, n) for n in ([layer] if layer is not None else layers)]
-
-
 def _profiles(decs: list[Decomposition], device: str) -> list[DistanceProfiles]:
     for dec in decs:
         if not dec.shape.rotary:
             raise no_rotary(dec.layer)
-    config = decs[0].config
-    model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
     found = []
-    for dec in decs:
-        site = AttentionSite(model, tokenizer, layer=dec.layer)
-        text = text_of(site, config, "heldout", DISTANCE_TOKENS)
+    for dec, site in with_sites(decs, device):
+        text = text_of(site, dec.config, "heldout", DISTANCE_TOKENS)
         found.append(distance_profiles(dec, (harvest_finite(site, batch.to(device)) for batch in text)))
     return found
 
