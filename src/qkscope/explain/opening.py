@@ -36,7 +36,7 @@ def open_layers(
     chosen = layers if layer is None else [layer]
     decs = [Decomposition.load(layer_folder(folder, number)).to(device) for number in chosen]
     model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
-    return list(zip(decs, open_sites(model, tokenizer, chosen), strict=True))
+    return list(zip(decs, open_sites(model, tokenizer, chosen, residual=decs[0].residual), strict=True))
 
 
 def one_layer(folder: Path, layer: int | None = None, device: str = "cpu") -> tuple[Decomposition, AttentionSite]:
