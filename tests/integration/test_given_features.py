@@ -15,7 +15,7 @@ from saes import identity_sae, some_sae, write_sae
 from safetensors.torch import save_file
 from small_runs import kill_at, read_json, report_of, require_equal
 
-from qkscope import AttentionSite, Decomposition, UserError
+from qkscope import AttentionSite, Decomposition, Feature, UserError
 from qkscope.attention import harvest
 
 D = 32
@@ -92,6 +92,14 @@ def test_a_perfect_sae_loses_nothing(run: Callable[..., Path], models: Callable,
             torch.testing.assert_close(site.model(input_ids=tokens).logits, plain, rtol=1e-4, atol=1e-4)
         with site.replace_pattern(dec):
             assert (site.model(input_ids=tokens).logits - plain).abs().max() > 1e-3
+    traced = dec.trace(site, "w1 w7 w3 w7 w20", head=1)  # opens the stream by itself, as an intervention does
+    torch.testing.assert_close(traced.pattern["reconstructed"], traced.pattern["true"], rtol=0, atol=1e-5)
+    with torch.no_grad(), site.intervene(dec, base="all") as watched:
+        torch.testing.assert_close(site.model(input_ids=tokens).logits, plain, rtol=1e-4, atol=1e-4)
+        assert watched.before_BNQK is not None and watched.pattern_BNQK is not None
+        torch.testing.assert_close(watched.pattern_BNQK, watched.before_BNQK, rtol=0, atol=1e-5)
+    with torch.no_grad(), site.intervene(dec, ablate=[Feature("key", 2 * D)]):
+        assert (site.model(input_ids=tokens).logits - plain).abs().max() > 1e-3
     inputs = harvest([site], tokens, tokens > 0)[0]
     with pytest.raises(
         UserError, match=r"reads the residual stream, which the site .* AttentionSite\(..., residual=True\)"
