@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,6 @@ def _download(repo: str, name: str, source: str) -> Path:
 
 
 def _revision(path: Path) -> str | None:
-    """The commit in the path of a file in the hub's cache (…/snapshots/COMMIT/…)."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    """The commit in the path of a file in the hub's cache."""
+    found = re.search(r"/models--[^/]+/snapshots/([^/]+)/", path.as_posix())
+    return found and found[1]
