@@ -63,6 +63,9 @@ def test_a_run_with_given_features(
     before = report_of(out / "layer_1")
     assert call(["evaluate", str(out)]).status == 0
     assert report_of(out / "layer_1") == before
+    for command in (["trace", str(out), "--layer", "1", "--prompt", "w1 w7 w3 w7", "--head", "0"], ["heads", str(out)]):
+        said = call([*command, "--distance"] if command[0] == "heads" and model == "llama" else command)
+        assert said.status == 0 and said.out, said.lines
     said = call(["run", "--model", str(models(model))])  # nothing of it is left in the process
     assert "--layers is missing" in said.complaint()
 

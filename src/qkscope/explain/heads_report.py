@@ -99,7 +99,7 @@ def _profiles(decs: list[Decomposition], device: str) -> list[DistanceProfiles]:
     model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
     found = []
     for dec in decs:
-        site = AttentionSite(model, tokenizer, layer=dec.layer)
+        site = AttentionSite(model, tokenizer, layer=dec.layer, residual=dec.residual)
         text = text_of(site, config, "heldout", DISTANCE_TOKENS)
         found.append(distance_profiles(dec, (harvest_finite(site, batch.to(device)) for batch in text)))
     return found
