@@ -9,6 +9,7 @@ What is notable:
   every position. `PatternRule` (pattern.py) holds all that turns them into a pattern.
 - A site checks itself when it is made: the pattern from its own q, k, mask and scale must equal the model's own.
 - One forward pass serves any number of layers and stops after the last wanted one.
+- Where it is asked to, a site hands over the residual stream, which the layer's block reads before its norm, as x.
 
 Shapes: B sequences, T positions (Q as a query, K as a key), D residual width, N query heads, G key-value heads, H head
 width. With learned sinks a pattern has one more column at the end, the sink's.
@@ -32,7 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from .errors import UserError
-from .models import load_model
+from .models import block_of, load_model
 from .pattern import AttentionInputs, PatternRule, PatternSource
 from .rotary import RotaryCall, RotaryLayout
 
@@ -105,9 +106,10 @@ class AttentionSite:
 
     Making one runs the model a few times on random tokens and raises `UserError` where the model does not route its
     attention through the registry, the layer does not exist, or the site's own pattern is not the model's.
+    `residual`: hand over the residual stream before the layer's norm as x, for dictionaries that read it.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, layer: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, layer: int, residual: bool = False) -> None:
         self.model, self.tokenizer, self.layer = model, tokenizer, layer
         self.modules = _attention_modules(model)
         if not 0 <= layer < len(self.modules):
@@ -115,14 +117,18 @@ class AttentionSite:
                 f"layer {layer} is out of range: the model has attention layers 0 to {len(self.modules) - 1}"
             )
         self.module = self.modules[layer]
+        self.residual = False
         self.layout = self._find_rotary()
         self.check()
+        self.residual = residual
 
     @classmethod
-    def load(cls, name: str, *, layer: int, dtype: str = "float32", device: str = "cpu") -> AttentionSite:
+    def load(
+        cls, name: str, *, layer: int, dtype: str = "float32", device: str = "cpu", residual: bool = False
+    ) -> AttentionSite:
         """Load a model by folder or name and open one of its layers."""
         model, tokenizer = load_model(name, dtype=dtype, device=device)
-        return cls(model, tokenizer, layer=layer)
+        return cls(model, tokenizer, layer=layer, residual=residual)
 
     @property
     def has_head(self) -> bool:
@@ -141,15 +147,18 @@ class AttentionSite:
         return {"D": inputs.x_BTD.shape[-1], "N": n, "G": inputs.k_BTGH.shape[2], "H": h}
 
     @contextmanager
-    def replace_pattern(self, source: PatternSource | Any, pairs: str = "kept") -> Iterator[None]:
+    def replace_pattern(
+        self, source: PatternSource | Any, pairs: str = "kept", *, residual: bool | None = None
+    ) -> Iterator[None]:
         """While open, this layer's pattern is `source`'s: a function of `AttentionInputs`, or a `Decomposition`.
 
         Values, and everything else in the model, stay as they are. `pairs` is handed to a decomposition: "kept" (the
-        pruned map) or "all" (the transcoders).
+        pruned map) or "all" (the transcoders); it is handed the x that it reads, whatever the site is set to. What a
+        function is handed, `residual` may say.
         """
         of_pairs = getattr(source, "pattern_source", None)
         pattern = of_pairs(pairs) if of_pairs else source
-        with self._handle(lambda inputs: pattern(inputs)):
+        with self._handle(lambda inputs: pattern(inputs), getattr(source, "residual", residual)):
             yield
 
     def intervene(self, dec: Any, ablate: Sequence[Any] = (), **edit: Any) -> Any:
@@ -159,10 +168,25 @@ class AttentionSite:
 
         return intervene(self, dec, ablate, **edit)
 
+    @property
+    def block(self) -> nn.Module:
+        """The layer's block: what the residual stream goes into, of which the attention is a part."""
+        found = block_of(self.model, self.module)
+        if found is None:
+            raise UserError(f"{_name(self.model)}: its layers are no list, so the residual stream is not found")
+        return found
+
     @contextmanager
-    def _handle(self, on_inputs: Callable[[AttentionInputs], Tensor | None]) -> Iterator[None]:
+    def _handle(
+        self, on_inputs: Callable[[AttentionInputs], Tensor | None], residual: bool | None = None
+    ) -> Iterator[None]:
+        residual = self.residual if residual is None else residual
         arguments: dict[str, Any] = {}
         signature = inspect.signature(self.module.forward)
+
+        def enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            bound = inspect.signature(block.forward).bind_partial(*args, **kwargs).arguments
+            arguments["residual"] = next(iter(bound.values()))
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             bound = signature.bind_partial(*args, **kwargs).arguments
@@ -174,23 +198,26 @@ class AttentionSite:
                 rotary = self.layout.rotary(*arguments["position_embeddings"])
                 rule = replace(rule, rotary=rotary)
                 q, k = rotary.unrotate(q), rotary.unrotate(k)
-            x = arguments["hidden_states"]
+            x = arguments["residual" if residual else "hidden_states"]
             if x.shape[1] != k.shape[1]:
                 raise UserError(
                     f"layer {self.layer} reads cached keys, whose inputs are gone; generate with use_cache=False"
                 )
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            return on_inputs(AttentionInputs(x, q, k, rule, real))
+            return on_inputs(AttentionInputs(x, q, k, rule, real, residual))
 
         if self.module in _handlers:
             raise RuntimeError(f"layer {self.layer} is already being read or replaced")
-        hook = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        hooks = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
+        if residual:
+            hooks.append(self.block.register_forward_pre_hook(enter, with_kwargs=True))
         _handlers[self.module] = handler
         try:
             yield
         finally:
             del _handlers[self.module]
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             arguments.clear()
 
     @torch.no_grad()
@@ -224,7 +251,7 @@ class AttentionSite:
         _handlers[self.module] = handler
         try:
             file.update({n: recorder(f) for n, f in originals.items()})
-            self._forward(*_random_tokens(self.model))
+            self._forward(*random_tokens(self.model))
         except _Stop:
             pass
         finally:
@@ -245,14 +272,14 @@ class AttentionSite:
         return self.model(input_ids=tokens_BT, attention_mask=real_BT.long(), **_no_cache(self.model))
 
     def _probe(self) -> AttentionInputs:
-        tokens, real = _random_tokens(self.model)
+        tokens, real = random_tokens(self.model)
         return harvest([self], tokens, real)[0]
 
     @torch.no_grad()
     def check(self) -> None:
         """Refuse to go on unless this site's pattern is the model's own and replacing it takes effect."""
-        tokens, real = _random_tokens(self.model)
-        with self._reading(lambda x: x[:, :1].expand_as(x).contiguous()):
+        tokens, real = random_tokens(self.model)
+        with self.reading(lambda x: x[:, :1].expand_as(x).contiguous()):
             still = harvest([self], tokens, real)[0]
         # bfloat16 has 8 bits of mantissa: the model's own pattern is then good to about 1e-2.
         tolerance = 1e-3 if still.x_BTD.dtype == torch.float32 else 3e-2
@@ -263,7 +290,7 @@ class AttentionSite:
                     f"is no rotary embedding known here; supported: {SUPPORTED}"
                 )
         inputs = harvest([self], tokens, real)[0]
-        with self._reading(lambda x: inputs.x_BTD):  # rounding in the layers below is no business of this check
+        with self.reading(lambda x: inputs.x_BTD):  # rounding in the layers below is no business of this check
             own = self._own_pattern(tokens, real)
         mine = inputs.log_pattern_BNQK.exp()[..., : own.shape[-1]]
         # Mass in the wrong place, mean over rows, in the worst head. Single rows of large scores are mostly rounding.
@@ -287,7 +314,7 @@ class AttentionSite:
             )
 
     @contextmanager
-    def _reading(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def reading(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While open, this layer reads `change(x)` in the place of its x [B, T, D]."""
         signature = inspect.signature(self.module.forward)
 
@@ -323,8 +350,13 @@ class AttentionSite:
         return patterns[0].float()
 
 
-def harvest(sites: Sequence[AttentionSite], tokens_BT: Tensor, real_BT: Tensor) -> list[AttentionInputs]:
-    """What each site's attention saw, in one forward pass that stops after the last of them."""
+def harvest(
+    sites: Sequence[AttentionSite], tokens_BT: Tensor, real_BT: Tensor, residual: bool | None = None
+) -> list[AttentionInputs]:
+    """What each site's attention saw, in one forward pass that stops after the last of them.
+
+    `residual` is for this pass, in the place of what each site is set to.
+    """
     found: dict[int, AttentionInputs] = {}
     last = max(site.layer for site in sites)
 
@@ -338,15 +370,17 @@ def harvest(sites: Sequence[AttentionSite], tokens_BT: Tensor, real_BT: Tensor) 
 
     with torch.no_grad(), ExitStack() as stack:
         for site in sites:
-            stack.enter_context(site._handle(taker(site)))
+            stack.enter_context(site._handle(taker(site), residual))
         with suppress(_Stop):
             sites[0]._forward(tokens_BT, real_BT)
     return [found[site.layer] for site in sites]
 
 
-def open_sites(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> list[AttentionSite]:
+def open_sites(
+    model: nn.Module, tokenizer: Any, layers: Sequence[int], *, residual: bool = False
+) -> list[AttentionSite]:
     """A site for each layer of one model."""
-    return [AttentionSite(model, tokenizer, layer=layer) for layer in layers]
+    return [AttentionSite(model, tokenizer, layer=layer, residual=residual) for layer in layers]
 
 
 def _attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -354,7 +388,7 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
     global _seen
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{_name(model)} is an encoder-decoder model, which is not supported; supported: {SUPPORTED}")
-    tokens, real = _random_tokens(model)
+    tokens, real = random_tokens(model)
     _seen = seen = []
     try:
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
@@ -374,7 +408,7 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(seen))
 
 
-def _random_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
+def random_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Two sequences of random tokens [2, 24], the second padded on the right; the same every time."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

@@ -46,6 +46,14 @@ class DataConfig(Config):
 class DictionaryConfig(Config):
     """One pair of dictionaries. A field left empty takes the recipe's value."""
 
+    features: str | None = None
+    """Features to take in the place of trained ones; no other field but `centred` then has a say. A residual-stream SAE
+    in SAELens's format, as a folder (cfg.json, sae_weights.safetensors) or on the Hugging Face hub (REPO or
+    REPO/FOLDER); or directions, a .safetensors file with one matrix [F, D]. In it {layer} stands for the layer's
+    number, {layer-1} for the one below."""
+    centred: bool = False
+    """features: the SAE was trained on a residual stream without each token's mean, as TransformerLens makes it for
+    LayerNorm models (`center_writing_weights`). Where cfg.json says so, it is done anyway."""
     recipe: Recipe = "default"
     """`default`: BatchTopK, data-driven start, revival. `seed`: the published recipe with its faults mended."""
     width: int = Field(default=2400, ge=1)
@@ -133,9 +141,10 @@ class TrainingConfig(Config):
 class PairsConfig(Config):
     """Step 2: the pair map."""
 
-    method: PairMethod = "tune"
+    method: PairMethod | None = None
     """tune: prune in stages and train dictionaries and strengths through the sparse map. refit: rank once, train the
-    strengths. importance: rank only. mask: the published trained mask (dense; for comparison)."""
+    strengths. importance: rank only. mask: the published trained mask (dense; for comparison). Empty: tune, or
+    importance where dictionary.features are given."""
     count: int = Field(default=10_000, ge=1)
     """Pairs to keep, over all heads."""
     max_kl: float | None = Field(default=None, gt=0)
@@ -210,6 +219,34 @@ class RunConfig(Config):
     pairs: PairsConfig = PairsConfig()
     target: TargetConfig = TargetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _given_or_trained(self) -> RunConfig:
+        if self.dictionary.features is None:
+            if self.dictionary.centred:
+                raise ValueError("dictionary.centred is about dictionary.features, which are not given")
+            return self
+        alone = "with dictionary.features no dictionary is trained; leave it out"
+        for name, field in DictionaryConfig.model_fields.items():
+            value = getattr(self.dictionary, name)
+            if name not in ("features", "centred") and value != field.default:
+                raise ValueError(f"dictionary.{name} is {value!r}: {alone}")
+        for name, values in self.sweep.model_dump().items():
+            if values:
+                raise ValueError(f"sweep.{name}: {alone}")
+        if self.target.given:
+            raise ValueError(f"target: {alone}")
+        if self.pairs.method == "tune":
+            raise ValueError("pairs.method is 'tune', which trains dictionaries: choose importance, refit or mask")
+        return self
+
+
+def with_method(config: RunConfig) -> RunConfig:
+    """With the way to choose pairs filled in: features that are given are not tuned."""
+    if config.pairs.method is not None:
+        return config
+    method = "tune" if config.dictionary.features is None else "importance"
+    return config.model_copy(update={"pairs": config.pairs.model_copy(update={"method": method})})
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -18,15 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
-from .config import RunConfig, build
+from .config import RunConfig, build, one_line
 from .dictionary import SparseTranscoder
 from .errors import UserError
 from .files import read_tensors, write_atomic, write_tensors
 from .kernels.row_kl import exp
+from .norm import Norm
 from .pairs.pair_map import Pairs, pair_scores, rows, with_bias
 from .pattern import AttentionInputs, PatternSource
+from .residual import Reading, ResidualTranscoder
 
 if TYPE_CHECKING:
     from .explain.trace import Trace
@@ -46,13 +49,15 @@ PAIR_COLUMNS = {
 
 @dataclass(frozen=True)
 class SiteShape:
-    """Widths of a layer: residual D, query heads N, key-value heads G, head H; whether it has a rotary embedding."""
+    """Widths of a layer: residual D, query heads N, key-value heads G, head H; whether it has a rotary embedding; how
+    features read the residual stream that were given rather than trained."""
 
     D: int
     N: int
     G: int
     H: int
     rotary: bool
+    reads: Reading | None = None
 
 
 @dataclass
@@ -73,6 +78,18 @@ class Decomposition:
     config: RunConfig
     folder: Path | None = None
 
+    @property
+    def residual(self) -> bool:
+        """Whether it reads the residual stream, before the layer's norm, and not the attention's input."""
+        return self.query.input_norm is not None
+
+    @property
+    def width_trained(self) -> dict[str, int]:
+        """Features a side before tune dropped any."""
+        if self.shape.reads is not None:
+            return {"query": self.query.width, "key": self.key.width}
+        return {"query": self.config.dictionary.width, "key": self.config.dictionary.key_width}
+
     # Applying
 
     def pattern_source(self, pairs: str = "kept") -> PatternSource:
@@ -85,7 +102,7 @@ class Decomposition:
     @torch.no_grad()
     def log_pattern_all(self, inputs: AttentionInputs) -> Tensor:
         """Log-pattern of the reconstructed queries and keys, [B, N, Q, K]."""
-        x = inputs.x_BTD.float()
+        x = self.x_of(inputs)
         q, k = self.query(x).view(inputs.q_BTNH.shape), self.key(x).view(inputs.k_BTGH.shape)
         return inputs.rule.log_pattern(q, k)
 
@@ -97,7 +114,7 @@ class Decomposition:
     @torch.no_grad()
     def scores(self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None) -> Tensor:
         """Capped scores of the kept pairs (or of others), [B, N, Q, K], before the mask."""
-        x = inputs.x_BTD.float()
+        x = self.x_of(inputs)
         return pair_scores(
             self.pairs if pairs is None else pairs,
             self.strength_P if strength_P is None else strength_P,
@@ -113,6 +130,16 @@ class Decomposition:
         from .explain.trace import trace  # a convenience that reaches up; nothing here depends on it
 
         return trace(self, site, prompt, head)
+
+    def x_of(self, inputs: AttentionInputs) -> Tensor:
+        """What the dictionaries read of what an attention saw, float32 [B, T, D]; `UserError` where it is not there."""
+        if inputs.residual != self.residual:  # of the same width, so that nothing else would tell
+            wanted = "the residual stream" if self.residual else "the attention's input"
+            raise UserError(
+                f"this decomposition of layer {self.layer} reads {wanted}, which the site does not hand over; "
+                f"open it as AttentionSite(..., residual={self.residual})"
+            )
+        return inputs.x_BTD.float()
 
     def to(self, device: str | torch.device) -> Decomposition:
         self.query.to(device)
@@ -173,6 +200,8 @@ def save_transcoders(path: Path, query: SparseTranscoder, key: SparseTranscoder)
     for side, transcoder in zip(SIDES, (query, key), strict=True):
         tensors |= {f"{side}.{name}": getattr(transcoder, name) for name in TENSORS}
         tensors[f"{side}.threshold"] = transcoder.plain_threshold()
+    if query.input_norm is not None:
+        tensors |= {"norm.weight": query.input_norm.weight, "norm.bias": query.input_norm.bias}
     write_tensors(path, tensors)
 
 
@@ -210,7 +239,11 @@ def _read_site(folder: Path) -> tuple[int, RunConfig, SiteShape]:
     config = build(values["run"], str(folder.parent / "config.yaml"))
     try:
         layer = int(name.removeprefix("layer_"))
-        shape = SiteShape(**values["sites"][layer])
+        site = dict(values["sites"][layer])
+        reads = site.pop("reads", None)
+        shape = SiteShape(**site, reads=None if reads is None else Reading.model_validate(reads))
+    except ValidationError as error:
+        raise UserError(f"{folder.parent / 'config.yaml'}: layer {layer}: reads: {one_line(error)}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder.parent / 'config.yaml'} says nothing of {name}") from None
     return layer, config, shape
@@ -220,7 +253,10 @@ def _transcoder(
     tensors: dict[str, Tensor], side: str, path: Path, config: RunConfig, shape: SiteShape, narrowed: bool
 ) -> SparseTranscoder:
     query = side == "query"
+    reads = shape.reads
     trained = width = config.dictionary.width if query else config.dictionary.key_width
+    if reads is not None:
+        trained = width = reads.width
     found = tensors.get(f"{side}.W_enc")
     if narrowed and found is not None and found.ndim == 2:
         width = max(min(trained, found.shape[1]), 1)
@@ -234,23 +270,30 @@ def _transcoder(
         "b_out": (out,),
         "threshold": (width,),
     }
+    wanted = {f"{side}.{name}": size for name, size in wanted.items()}
+    if reads is not None:
+        wanted |= {"norm.weight": (shape.D,), "norm.bias": (shape.D,)}
     for name, size in wanted.items():
-        tensor = tensors.get(f"{side}.{name}")
+        tensor = tensors.get(name)
         if tensor is None:
-            raise UserError(f"{path} has no {side}.{name}")
+            raise UserError(f"{path} has no {name}")
         if tuple(tensor.shape) != size:
-            raise UserError(f"{path}: {side}.{name} has shape {tuple(tensor.shape)}, {asking} for {size}")
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, {asking} for {size}")
         if not tensor.is_floating_point():
-            raise UserError(f"{path}: {side}.{name} holds {str(tensor.dtype).removeprefix('torch.')}, not float32")
+            raise UserError(f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not float32")
         if bool(tensor.isnan().any()):
-            raise UserError(f"{path}: {side}.{name} holds NaN")
-    assert config.dictionary.activation is not None
-    k = config.dictionary.k if query else config.dictionary.key_k
-    transcoder = SparseTranscoder(shape.D, width, out, config.dictionary.activation, k)
+            raise UserError(f"{path}: {name} holds NaN")
+    if reads is not None:
+        norm = Norm(reads.norm, tensors["norm.weight"], tensors["norm.bias"], reads.eps)
+        transcoder: SparseTranscoder = ResidualTranscoder(shape.D, out, reads, norm)
+    else:
+        assert config.dictionary.activation is not None
+        k = config.dictionary.k if query else config.dictionary.key_k
+        transcoder = SparseTranscoder(shape.D, width, out, config.dictionary.activation, k)
     with torch.no_grad():
         for name in TENSORS:
             getattr(transcoder, name).copy_(tensors[f"{side}.{name}"])
-    return transcoder.eval().requires_grad_(False)  # type: ignore[return-value]
+    return transcoder.eval().requires_grad_(False)
 
 
 def _read_pairs(path: Path, n_query: int, n_key: int, shape: SiteShape) -> tuple[Pairs, tuple[Tensor, Tensor, Tensor]]:

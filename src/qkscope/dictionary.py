@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Activation
+from .norm import Norm
 
 THRESHOLD_MEMORY = 0.98  # share of the running threshold kept at each step: about 50 steps of memory
 CALIBRATION_TOKENS = 2048
@@ -42,6 +43,8 @@ class SparseTranscoder(nn.Module):
         self.threshold = nn.Parameter(torch.zeros(width), requires_grad=activation == "jumprelu")
         self.metric: Tensor | None
         self.register_buffer("metric", None)
+        # Of a dictionary that is handed the residual stream and reads it as the attention does, after this norm.
+        self.input_norm: Norm | None = None
 
     @property
     def width(self) -> int:
@@ -68,9 +71,13 @@ class SparseTranscoder(nn.Module):
         w = w.view(len(w), n, h)
         return torch.einsum("fnh,nhg,fng->f", w, self.metric, w).clamp(min=0).sqrt()
 
+    def read(self, x_nD: Tensor) -> Tensor:
+        """What the encoder sees of its input."""
+        return x_nD if self.input_norm is None else self.input_norm(x_nD)
+
     def pre(self, x_nD: Tensor) -> Tensor:
         """Activations before the nonlinearity, [n, F]."""
-        return (x_nD - self.b_in) @ self.W_enc + self.b_enc
+        return (self.read(x_nD) - self.b_in) @ self.W_enc + self.b_enc
 
     def encode(self, x_nD: Tensor) -> Tensor:
         """Feature activations, [n, F]: non-negative, mostly zero. In training mode BatchTopK chooses over the batch."""

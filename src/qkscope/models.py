@@ -1,4 +1,4 @@
-"""Load a Hugging Face model and its tokenizer, or say in one line why not."""
+"""Load a Hugging Face model and its tokenizer, or say in one line why not; find the block of one of its modules."""
 
 from __future__ import annotations
 
@@ -60,6 +60,15 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
             f"--model {name}: the weights lack {missing[0]!r} ({len(missing)} tensors); get the whole model"
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def block_of(model: nn.Module, part: nn.Module) -> nn.Module | None:
+    """The member of the model's list of layers that a module is part of; None where it is part of none."""
+    path = next(name for name, module in model.named_modules() if module is part).split(".")
+    for end in range(len(path), 0, -1):
+        if isinstance(model.get_submodule(".".join(path[: end - 1])), nn.ModuleList):
+            return model.get_submodule(".".join(path[:end]))
+    return None
 
 
 def _is_causal(config: Any) -> bool:

@@ -82,6 +82,8 @@ class AttentionInputs:
     rule: PatternRule
     real_BT: Tensor
     """bool: False at padding. Every average leaves padded queries out."""
+    residual: bool = False
+    """Whether x is the residual stream before the layer's norm, which is then still to come."""
 
     @cached_property
     def log_pattern_BNQK(self) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .attention import AttentionInputs, AttentionSite, open_sites
-from .config import RunConfig
+from .config import RunConfig, with_method
 from .data import Batch, Sequences, check_text
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
@@ -23,6 +23,7 @@ from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
 from .evaluate.run import evaluate_run
 from .files import remove_leftovers
+from .foreign.carry import Sides, given_dictionaries, in_brief
 from .models import load_model
 from .pairs.importance import firing_features, pair_importance, rank_pairs
 from .pairs.mask import MaskJob, require_memory, shortfall
@@ -69,7 +70,8 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     """
     out = Path(out)
     with claimed(out), Reporter(quiet) as reporter:
-        names = variants(with_defaults(config))
+        config = with_method(with_defaults(config))
+        names = variants(config)
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
         remove_leftovers(out)
@@ -83,15 +85,20 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         reporter.message(f"loading {config.model}")
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
         check_text(config.data, tokenizer)
-        sites = open_sites(model, tokenizer, sorted(set(config.layers)))
+        given = config.dictionary.features is not None
+        sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=given)
         _require_context(config, model)
         require_target(config, names.values(), sites)
-        runner = _Runner(config, names, out, sites, reporter)
+        trained = _has_all(finished, TRAINED)  # a lost report is no lost training
+        features = {s.layer: given_dictionaries(config.dictionary, s) for s in sites if given and not trained}
+        runner = _Runner(config, names, out, sites, features, reporter)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
+        for layer, (query, _) in features.items():
+            shapes[layer]["reads"] = query.reading.model_dump()
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
             if not recorded(out / name, single):
                 write_config(out / name, single, shapes, str(device))
-        if not _has_all(finished, TRAINED):  # a lost report is no lost training
+        if not trained:
             runner.train()
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
         (out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -149,10 +156,11 @@ class _Runner:
         names: dict[str, RunConfig],
         out: Path,
         sites: Sequence[AttentionSite],
+        given: dict[int, Sides],
         reporter: Reporter,
     ) -> None:
         self.config, self.names, self.out = config, names, out
-        self.sites, self.reporter = sites, reporter
+        self.sites, self.given, self.reporter = sites, given, reporter
         self.device = next(sites[0].model.parameters()).device
         self.checkpoint_path = out / "checkpoint.safetensors"
         self.seconds: dict[str, float] = {}
@@ -187,7 +195,7 @@ class _Runner:
     def train(self) -> None:
         """Both steps; leaves each layer's dictionaries and pairs in its folder."""
         saved = checkpoint.load(self.checkpoint_path)
-        jobs = self._step1_jobs()
+        jobs: list[Any] = self._given_jobs() if self.given else self._step1_jobs()
         phases = phases_of(self.config.pairs, target=self.config.target.given)
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
@@ -200,7 +208,7 @@ class _Runner:
             for job in jobs:  # a target has changed it
                 job.query.k, job.key.k = saved[1].notes.get("k", {}).get(job.name, (job.query.k, job.key.k))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
-        if reached == 0:
+        if reached == 0 and not self.given:
             if phases and self.config.pairs.method == "mask" and not (saved and saved[1].done):
                 self._warn_of_masks(jobs)
             if self.config.target.given:
@@ -273,6 +281,15 @@ class _Runner:
                     for side in ("query", "key")
                 )
                 jobs.append(Step1Job(site.layer, name, single.dictionary, query, key))
+        return jobs
+
+    def _given_jobs(self) -> list[Job]:
+        """Features that are given, of which there is nothing to train."""
+        jobs = []
+        for layer, sides in self.given.items():
+            sample = self.sample(layer, "train", self._sample_tokens())
+            self.reporter.message(f"layer {layer}: {in_brief(sides, sample)}")
+            jobs.append(Job(layer, "", *sides))
         return jobs
 
     def _steer(self, jobs: Sequence[Step1Job]) -> None:
@@ -415,7 +432,8 @@ class _Runner:
     def _decomposition(self, job: MapJob) -> Decomposition:
         site = self._site(job.layer)
         sample = self.sample(job.layer, "train", self._sample_tokens())
-        shape = SiteShape(**site.shape, rotary=site.layout is not None)
+        reads = self.given[job.layer][0].reading if self.given else None
+        shape = SiteShape(**site.shape, rotary=site.layout is not None, reads=reads)
         weights = weight_strength(job.pairs, rows(job.query, shape.N), rows(job.key, shape.G))
         return Decomposition(
             job.layer, shape, job.query, job.key, job.pairs,

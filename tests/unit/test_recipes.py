@@ -20,8 +20,13 @@ def test_every_empty_field_is_filled(recipe: Any) -> None:
     assert {name: getattr(found, name) for name in RECIPES[recipe]} == RECIPES[recipe]
     assert all(getattr(empty, name) is None for name in RECIPES[recipe])  # these are what a recipe decides
     sides_alike = {"width_key", "k_key"}
-    assert {n for n, v in found.model_dump().items() if v is None} == sides_alike
+    assert {n for n, v in found.model_dump().items() if v is None} == sides_alike | {"features"}
     assert resolved(found) == found
+
+
+def test_given_features_have_no_recipe() -> None:
+    given = DictionaryConfig(features="somewhere")
+    assert resolved(given) == given
 
 
 def test_the_seed_recipe_is_the_published_one() -> None:

@@ -34,8 +34,12 @@ def compare_runs(one: Path, other: Path, path: Path | None = None, device: str =
     found: dict[str, Any] = {"runs": [str(one), str(other)], "same": SAME, "layers": []}
     print(f"cosine {SAME:g} or more: the same feature; A is {one}, B is {other}; in brackets: chance")
     for layer in layers:
-        site = AttentionSite(model, tokenizer, layer=layer)
         decs = [Decomposition.load(layer_folder(folder, layer)).to(device) for folder in (one, other)]
+        norm = next((dec.query.input_norm for dec in decs if dec.residual), None)
+        for dec in decs:
+            if not dec.residual:  # trained features beside given ones are handed the residual stream as well
+                dec.query.input_norm = dec.key.input_norm = norm
+        site = AttentionSite(model, tokenizer, layer=layer, residual=norm is not None)
         for label, a, b in (("A in B", *decs), ("B in A", *reversed(decs))):
             heldout = (batch.to(device) for batch in text_of(site, a.config, "heldout", HELDOUT_TOKENS))
             sample = [harvest_finite(site, b.to(device)) for b in text_of(site, a.config, "train", SAMPLE_TOKENS)]

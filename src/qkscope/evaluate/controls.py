@@ -5,9 +5,14 @@
 - `svd`: the singular directions of each head's W_Qᵀ W_K (both signs), the largest kept, at the same L0.
 - `residual`: the residual stream's own coordinates as features, both signs, at the same L0.
 - `shuffled`: the kept pairs with their strengths, the key features permuted within each head.
+
+Where the decomposition reads the residual stream, so do its controls: through the layer's norm, whose result the
+attention is handed, for it is to that the projections are linear.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +28,7 @@ from ..training.start import SideStatistics, label_seed, side_statistics, start
 
 def untrained(dec: Decomposition, sample: list[AttentionInputs], l0: dict[str, float]) -> dict[str, Decomposition]:
     """The `random` and `svd` controls as decompositions without pairs (their patterns are `log_pattern_all`)."""
-    statistics = side_statistics(sample[:16])
+    statistics = _statistics(dec, sample)
     config = DictionaryConfig(
         recipe="default", activation="batchtopk", start="projection", norm="decoder",
         width=dec.query.width, width_key=dec.key.width, k=l0["query"], k_key=l0["key"],
@@ -88,7 +93,7 @@ def _directions(
 def residual_basis(dec: Decomposition, sample: list[AttentionInputs], l0: dict[str, float]) -> Decomposition:
     """The residual stream's own coordinates as features, of both signs, at the same L0; without pairs."""
     sides = {}
-    for side, s in side_statistics(sample[:16]).items():
+    for side, s in _statistics(dec, sample).items():
         basis = torch.eye(dec.shape.D, device=s.x_nD.device)
         transcoder = SparseTranscoder(dec.shape.D, 2 * dec.shape.D, s.out_nM.shape[1], "batchtopk", l0[side])
         transcoder.to(basis.device)
@@ -110,11 +115,21 @@ def _set_threshold(transcoder: SparseTranscoder, x_nD: Tensor) -> None:
     transcoder.eval().requires_grad_(False)
 
 
+def _statistics(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, SideStatistics]:
+    """Of the attention's input, which is what the controls are made for."""
+    norm = dec.query.input_norm
+    if norm is None:
+        return side_statistics(sample[:16])
+    return side_statistics([replace(i, x_BTD=norm(i.x_BTD.float()), residual=False) for i in sample[:16]])
+
+
 def _without_pairs(dec: Decomposition, query: SparseTranscoder, key: SparseTranscoder) -> Decomposition:
+    query.input_norm = key.input_norm = dec.query.input_norm
     none = torch.zeros(0, dtype=torch.int64)
     pairs = Pairs(none, none, none, query.width, key.width, dec.shape.N)
     empty = torch.zeros(0)
-    return Decomposition(dec.layer, dec.shape, query, key, pairs, empty, empty, empty, dec.config)
+    shape = replace(dec.shape, reads=None)
+    return Decomposition(dec.layer, shape, query, key, pairs, empty, empty, empty, dec.config)
 
 
 def shuffled_pairs(dec: Decomposition) -> tuple[Pairs, Tensor]:

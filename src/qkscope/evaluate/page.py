@@ -140,6 +140,7 @@ def _facts(layer: Layer) -> str:
     r, tokens = layer.report, layer.report.get("tokens", {})
     evaluated, sequences = (number(tokens.get(key)) for key in ("evaluated", "sequences"))
     said = [f"{words} {r[key]}" for key, words in (("recipe", "recipe"), ("pairs_method", "pairs by")) if r.get(key)]
+    said += [f"features of {given['source']}, not trained here"] if (given := r.get("given")) else []
     said += [f"trained on {number(tokens['trained'])} tokens"] if tokens.get("trained") else []
     said.append(f"measured on {evaluated} held-out tokens in {sequences} sequences")
     said += [_asked(target)] if (target := r.get("target")) else []

@@ -151,7 +151,7 @@ def measure(
         "tokens": {"evaluated": tokens, "sequences": sequences},
         **{key: {side: found[side][key] for side in SIDES} for key in ("l0", "dead", "dense", "live")},
         "width": {"query": dec.query.width, "key": dec.key.width},
-        "width_trained": {"query": dec.config.dictionary.width, "key": dec.config.dictionary.key_width},
+        "width_trained": dec.width_trained,
         "log10_density": {"edges": HISTOGRAM_EDGES, **{side: found[side]["log10_density"] for side in SIDES}},
         "pairs": _pair_report(dec, found, active, {s: k.kl.figure() for s, k in curve_kl.items()}, curve),
         "map_all_check": {"largest_log_pattern_difference": check, "positions": CHECK_TOKENS},
@@ -197,8 +197,9 @@ def _check_map(dec: Decomposition, inputs: AttentionInputs) -> float:
     """Largest difference of log-patterns between q̂k̂ and the sum over every pair of active features, one by one."""
     t = min(CHECK_TOKENS, inputs.x_BTD.shape[1])
     short = AttentionInputs(
-        inputs.x_BTD[:1, :t], inputs.q_BTNH[:1, :t], inputs.k_BTGH[:1, :t], inputs.rule.crop(t), inputs.real_BT[:1, :t]
-    )
+        inputs.x_BTD[:1, :t], inputs.q_BTNH[:1, :t], inputs.k_BTGH[:1, :t], inputs.rule.crop(t), inputs.real_BT[:1, :t],
+        inputs.residual,
+    )  # fmt: skip
     heads = [short.rule.cap(explicit_scores(dec, short, head)) for head in range(dec.shape.N)]
     one_by_one = _masked(short, torch.stack(heads, 1))
     difference = (one_by_one - dec.log_pattern_all(short)).abs()
@@ -229,8 +230,8 @@ def _pair_report(
     Each side's bias counts as a feature in both.
     """
     kept, heads = len(dec.pairs), dec.shape.N
-    trained = dec.config.dictionary  # tune drops features with their last pair; a share is of what it began with
-    total = (trained.width + 1) * (trained.key_width + 1) * heads
+    trained = dec.width_trained  # tune drops features with their last pair; a share is of what it began with
+    total = (trained["query"] + 1) * (trained["key"] + 1) * heads
     live = (found["query"]["live"] + 1) * (found["key"]["live"] + 1) * heads
     bias_q, bias_k = dec.pairs.query_P == dec.pairs.n_query, dec.pairs.key_P == dec.pairs.n_key
     worth = dec.importance_P.sum().clamp(min=1e-30)

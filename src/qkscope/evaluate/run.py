@@ -52,7 +52,8 @@ def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -
         require_finished(folder)
         remove_leftovers(folder)
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
-        sites = open_sites(model, tokenizer, sorted(set(config.layers)))
+        given = config.dictionary.features is not None
+        sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=given)
         folders = {name: folder / name for name in variants(config)}
         evaluate_run(folders, sites, reporter, again=True)
 
@@ -111,10 +112,12 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         step1 = replace(dec, query=sides[0].to(device), key=sides[1].to(device))
     heldout = (b.to(device) for b in text("heldout", config.evaluation.tokens))
     report = measure(dec, site, heldout, sample, examples, step1=step1, controls=config.evaluation.controls)
-    report["tokens"]["trained"] = config.training.tokens
+    given = dec.shape.reads
+    report["tokens"]["trained"] = 0 if given else config.training.tokens
     report |= {
         "model": config.model,
-        "recipe": config.dictionary.recipe,
+        "recipe": None if given else config.dictionary.recipe,
+        "given": given and given.model_dump(),
         "pairs_method": config.pairs.method,
     }
     if config.target.given:

@@ -133,7 +133,7 @@ class Edit:
 
     def _of_vectors(self, bare: AttentionInputs) -> Tensor:
         """Scores of the true or the transcoders' queries and keys with what the edit adds to them."""
-        dec, x = self.dec, bare.x_BTD.float()
+        dec, x = self.dec, self.dec.x_of(bare)
         q, k = bare.q_BTNH, bare.k_BTGH
         if self.base == "all":
             q, k = dec.query(x).view(q.shape), dec.key(x).view(k.shape)
@@ -145,7 +145,7 @@ class Edit:
 
     def _of_map(self, bare: AttentionInputs) -> Tensor:
         """Scores of the kept pairs with edited strengths and activations; heads that are edited alike go together."""
-        dec, x = self.dec, bare.x_BTD.float()
+        dec, x = self.dec, self.dec.x_of(bare)
         acts_q, acts_k = dec.query.encode(x), dec.key.encode(x)
         strength = dec.strength_P * self.factor_P
         out = self._of_pairs(bare, torch.zeros_like(strength))  # what is added
@@ -165,7 +165,7 @@ class Edit:
 
     def _of_pairs(self, bare: AttentionInputs, strength_share_P: Tensor) -> Tensor:
         """What these shares of the kept pairs, and the added pairs, come to at the true activations."""
-        dec, x = self.dec, bare.x_BTD.float()
+        dec, x = self.dec, self.dec.x_of(bare)
         some = strength_share_P.nonzero()[:, 0]
         acts = with_bias(dec.query.encode(x)), with_bias(dec.key.encode(x))
         changed = self._scores(bare, dec.pairs.take(some), (dec.strength_P * strength_share_P)[some], *acts)
@@ -244,5 +244,5 @@ def intervene(
         watched.pattern_BNQK = exp(edit.log_pattern(inputs))
         return watched.pattern_BNQK
 
-    with site.replace_pattern(source):
+    with site.replace_pattern(source, residual=dec.residual):
         yield watched

@@ -43,7 +43,8 @@ def with_sites(decs: list[Decomposition], device: str = "cpu") -> list[tuple[Dec
     """Decompositions of one run with their sites in its model."""
     config = decs[0].config
     model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
-    return list(zip(decs, open_sites(model, tokenizer, [dec.layer for dec in decs]), strict=True))
+    sites = open_sites(model, tokenizer, [dec.layer for dec in decs], residual=decs[0].residual)
+    return list(zip(decs, sites, strict=True))
 
 
 def one_layer(folder: Path, layer: int | None = None, device: str = "cpu") -> tuple[Decomposition, AttentionSite]:

@@ -119,7 +119,7 @@ class _Half:
         device = next(site.model.parameters()).device
         self.dec, self.site, self.asked = dec, site, asked
         self.tokens, self.real = asked.batch.tokens_BT.to(device), asked.batch.real_BT.to(device)
-        self.inputs: AttentionInputs = harvest([site], self.tokens, self.real)[0]
+        self.inputs: AttentionInputs = harvest([site], self.tokens, self.real, dec.residual)[0]
         self.difference = _difference(site, asked)
         self.rows = torch.arange(len(asked)), asked.end_B
         logs = self.inputs.log_pattern_BNQK, dec.log_pattern_all(self.inputs), dec.log_pattern_kept(self.inputs)

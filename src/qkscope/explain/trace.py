@@ -67,7 +67,7 @@ class Trace:
     def of_batch(cls, dec: Decomposition, inputs: AttentionInputs, b: int, length: int, head: int = 0) -> Trace:
         """The first `length` positions of one sequence of a batch, whose tokens' texts nobody needs."""
         x, q, k = (t[b : b + 1, :length] for t in (inputs.x_BTD, inputs.q_BTNH, inputs.k_BTGH))
-        one = AttentionInputs(x, q, k, inputs.rule.crop(length, b), inputs.real_BT[b : b + 1, :length])
+        one = AttentionInputs(x, q, k, inputs.rule.crop(length, b), inputs.real_BT[b : b + 1, :length], inputs.residual)
         return cls(dec, one, [""] * length, head)
 
     def of_head(self, head: int) -> Trace:
@@ -96,7 +96,7 @@ class Trace:
     @torch.no_grad()
     def _scores_NQK(self) -> dict[str, Tensor]:
         inputs, dec = self._uncapped, self.dec
-        x = inputs.x_BTD.float()
+        x = dec.x_of(inputs)
         q, k = dec.query(x).view(inputs.q_BTNH.shape), dec.key(x).view(inputs.k_BTGH.shape)
         true, whole = inputs.rule.scores(inputs.q_BTNH, inputs.k_BTGH), inputs.rule.scores(q, k)
         return dict(zip(KINDS, (true[0], whole[0], dec.scores(inputs)[0]), strict=True))
@@ -109,7 +109,7 @@ class Trace:
     @torch.no_grad()
     def _acts(self) -> tuple[Tensor, Tensor]:
         """Activations of both sides, bias behind them, [T, F + 1]."""
-        x = self.inputs.x_BTD[0].float()
+        x = self.dec.x_of(self.inputs)[0]
         return with_bias(self.dec.query.encode(x)), with_bias(self.dec.key.encode(x))
 
     @cached_property
@@ -255,7 +255,7 @@ def trace(dec: Decomposition, site: AttentionSite, prompt: str, head: int = 0) -
         raise UserError(f"the decomposition is of layer {dec.layer}, the site of layer {site.layer}; open that layer")
     tokens_BT = prompt_tokens(dec, site, prompt)
     texts = token_texts(site.tokenizer, sorted(set(tokens_BT[0].tolist())))
-    (inputs,) = harvest([site], tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+    (inputs,) = harvest([site], tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), dec.residual)
     whole = replace(inputs, rule=inputs.rule.crop(tokens_BT.shape[1]))
     return Trace(dec, whole, [texts[t] for t in tokens_BT[0].tolist()], head)
 

@@ -108,9 +108,12 @@ class MapJob(Job):
         acts: dict[str, Tensor] = {}
         sparsity = target.x_nD.new_zeros(())
         for name, side in (("query", self.query), ("key", self.key)):
+            if not self.dictionary_rate:
+                acts[name] = side.encode(target.x_nD)
+                continue
             pre = side.pre(target.x_nD)
             acts[name] = side.activate(pre)
-            if self.dictionary_rate > 0 and self._too_dense(name, acts[name]):
+            if self._too_dense(name, acts[name]):
                 sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
         if self.dictionary_rate > 0 and self.dropped_sparsity:
             kept = (self.query_P, self.key_P, self.head_P)

@@ -40,7 +40,9 @@ ACTIVATION_SPARSITY = {"relu": 0.03, "jumprelu": 0.3}
 
 
 def resolved(config: DictionaryConfig) -> DictionaryConfig:
-    """The configuration with every empty field filled from its recipe."""
+    """The configuration with every empty field filled from its recipe; as it is where nothing is trained."""
+    if config.features is not None:
+        return config
     values = dict(RECIPES[config.recipe])
     if config.activation is not None and config.activation != values["activation"]:
         values["sparsity"] = ACTIVATION_SPARSITY.get(config.activation, 0.0)

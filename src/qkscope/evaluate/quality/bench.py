@@ -78,7 +78,7 @@ class LayerBench(Workbench):
         self.data = DataConfig(source=source, context=size.context)
         super().__init__(
             layer,
-            SiteShape(**self.site.shape, rotary=self.site.layout is not None),
+            SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None),
             [self._inputs(b) for b in self.text("train", repeat=True, most=size.sample_tokens)],
             lambda: ModelStream([self.site], self.text("train", repeat=True)),
             TrainingConfig(tokens=size.tokens, batch_tokens=size.batch_tokens, seed=seed, checkpoint_steps=10**9),
