@@ -54,12 +54,12 @@ def test_a_study_says_the_same_in_words_and_in_json(embedded_run: Path, call: Ca
     said = call(words)
     assert said.status == 0, said.lines
     values = read_json(found)
-    (layer,) = values["layers"]
-    assert (values["target"], values["family"], layer["layer"]) == ("IO", ["IO", "S1", "S2"], 2)
-    assert layer["prompts"] == {"choosing": 6, "reported": 6} and len(layer["attention"]) == 8
-    (head,) = layer["heads"]
-    assert set(head["pairs"]) == {"IO", "S1", "S2"}
-    assert f"head {head['head']}" in said.out and f"{layer['difference']['mean']:.2f}" in said.out
+    assert (values["target"], values["family"]) == ("IO", ["IO", "S1", "S2"])
+    assert values["prompts"] == {"choosing": 6, "reported": 6} and len(values["heads"]) == 8
+    (one,) = values["details"]
+    assert set(one["pairs"]) == {"IO", "S1", "S2"} and one["head"] == values["heads"][0]["head"]
+    assert f"layer 2 head {one['head']}" in said.out and f"{values['difference']['mean']:.2f}" in said.out
+    assert max(map(len, said.out.splitlines())) <= 120
     assert call(words).out == said.out
 
 
@@ -71,7 +71,7 @@ def test_prompts_of_a_persons_own(embedded_run: Path, call: Call, tmp_path: Path
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     said = call(["study", str(embedded_run), "--prompts", str(path), "--target", "B"])
     assert said.status == 0, said.lines
-    assert said.out.startswith("mine, layer 2: 2 prompts reported") and "unable" not in said.out
+    assert said.out.startswith("mine: 2 prompts reported") and "p(right)" not in said.out
 
 
 @pytest.mark.parametrize(

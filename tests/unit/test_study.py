@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import close, some_decomposition
 from tiny import tiny_model
 from torch import Tensor
@@ -16,7 +18,7 @@ from qkscope.data.prompts import Asked
 from qkscope.decomposition import Decomposition
 from qkscope.errors import UserError
 from qkscope.explain.intervene import Edit, Pair
-from qkscope.explain.study import REMOVED, TRIED, _blind, _Half, study_layer
+from qkscope.explain.study import LEADING, REMOVED, TRIED, _blind, _Half, leading_pairs, study_layers
 
 ENDS = [6, 8, 7, 8, 5, 8, 6, 7]
 MARKS = {"A": [2, 3, 1, 4, 2, 5, 3, 1], "B": [4, -1, 3, 2, 1, 1, 5, 2]}
@@ -34,11 +36,11 @@ def some_prompts(choices: bool = True) -> Asked:
     return Asked(Batch(tokens, real, torch.arange(8), nothing), end, marks, right, wrong)
 
 
-def opened(name: str = "llama") -> tuple[AttentionSite, Decomposition]:
-    site = AttentionSite(tiny_model(name), layer=1)
+def opened(name: str = "llama", layer: int = 1) -> tuple[AttentionSite, Decomposition]:
+    site = AttentionSite(tiny_model(name), layer=layer)
     batch = some_prompts().batch
     dec = some_decomposition(harvest([site], batch.tokens_BT, batch.real_BT)[0], share=0.5)
-    dec.layer = 1
+    dec.layer = layer
     return site, dec
 
 
@@ -50,7 +52,7 @@ def mean(figures: dict[str, Any]) -> float:
 def test_attention_and_choice_are_those_of_the_reported_half(name: str) -> None:
     site, dec = opened(name)
     asked = some_prompts()
-    found = study_layer(dec, site, asked, "A", ["A", "B"])
+    found = study_layers([(dec, site)], asked, "A", ["A", "B"])
     half = [1, 3, 5, 7]
     inputs = harvest([site], asked.batch.tokens_BT, asked.batch.real_BT)[0]
     patterns = {
@@ -62,24 +64,46 @@ def test_attention_and_choice_are_those_of_the_reported_half(name: str) -> None:
         for mark, at in MARKS.items():
             for kind, log in patterns.items():
                 values = [log[b, head, ENDS[b], at[b]].exp().item() if at[b] >= 0 else 0.0 for b in half]
-                close(torch.tensor(mean(found["attention"][head][mark][kind])), torch.tensor(sum(values) / 4))
+                row = next(row for row in found["heads"] if row["head"] == head)
+                close(torch.tensor(mean(row["attention"][mark][kind])), torch.tensor(sum(values) / 4))
     logits = site.model(input_ids=asked.batch.tokens_BT, attention_mask=asked.batch.real_BT.long()).logits.detach()
     chosen = []
     for b in half:
         row = logits[b, ENDS[b]].double().softmax(-1)
         chosen.append((row[asked.answers[b]].sum() / row[asked.wrong[b]].sum()).log().item())
     close(torch.tensor(mean(found["difference"])), torch.tensor(sum(chosen) / 4))
-    assert found["prompts"] == {"choosing": 4, "reported": 4} and len(found["heads"]) == 2
+    assert found["prompts"] == {"choosing": 4, "reported": 4} and len(found["details"]) == 2
 
 
 def test_heads_are_those_that_the_choice_needs_most() -> None:
-    site, dec = opened()
+    """Over all layers; what is reported of them is of the other half."""
     asked = some_prompts()
-    found = study_layer(dec, site, asked, "A", ["A"], heads=4)
-    choosing = _Half(dec, site, asked.take(torch.tensor([0, 2, 4, 6])))
-    lost = [float(choosing.without(n, "A")[1].mean()) for n in range(4)]  # type: ignore[union-attr]
-    assert [row["head"] for row in found["heads"]] == sorted(range(4), key=lambda n: lost[n])
-    assert [row["head"] for row in study_layer(dec, site, asked, "A", ["A"], heads=[3])["heads"]] == [3]
+    first, dec = opened("llama", 0), opened("llama", 1)[1]
+    second = AttentionSite(first[0].model, layer=1)  # the layers of a run are of one model
+    both = [(first[1], first[0]), (dec, second)]
+    found = study_layers(both, asked, "A", ["A"], heads=3)
+    halves = {
+        dec.layer: [_Half(dec, site, asked.take(torch.tensor(index))) for index in ([0, 2, 4, 6], [1, 3, 5, 7])]
+        for dec, site in both
+    }
+    gained = {}
+    for layer, (choosing, _) in halves.items():
+        for n in range(4):
+            change = choosing.without(n, "A")[1]
+            assert change is not None
+            gained[layer, n] = float(change.mean())
+    order = sorted(gained, key=lambda place: gained[place])
+    assert [(row["layer"], row["head"]) for row in found["heads"]] == order
+    assert [(row["layer"], row["head"]) for row in found["details"]] == order[:3]
+    for row in found["heads"]:
+        reported = halves[row["layer"]][1].without(row["head"], "A")[1]
+        assert reported is not None and row["without_target"]["mean"] == pytest.approx(float(reported.mean()), abs=1e-5)
+
+
+def test_named_heads_are_looked_into() -> None:
+    site, dec = opened()
+    found = study_layers([(dec, site)], some_prompts(), "A", ["A"], heads=[3])
+    assert [row["head"] for row in found["details"]] == [3] and len(found["heads"]) == 4
 
 
 def test_a_blind_head_keeps_its_mass() -> None:
@@ -126,7 +150,7 @@ def test_contributions_are_differences_of_scores(name: str) -> None:
 def test_an_ablation_says_what_the_edit_does() -> None:
     site, dec = opened()
     asked = some_prompts()
-    row = study_layer(dec, site, asked, "A", ["A", "B"], heads=[1])["heads"][0]
+    row = study_layers([(dec, site)], asked, "A", ["A", "B"], heads=[1])["details"][0]
     said = row["ablation"]
     named = [Pair(p["query_feature"], p["key_feature"], 1) for p in said["pairs"]]
     assert len(named) in TRIED or len(named) < TRIED[-1]
@@ -159,29 +183,42 @@ def test_no_fewer_pairs_are_enough() -> None:
     asked = some_prompts()
     choosing = _Half(dec, site, asked.take(torch.tensor([0, 2, 4, 6])))
     for head in range(4):
-        said = study_layer(dec, site, asked, "A", ["A", "B"], heads=[head])["heads"][0].get("ablation")
+        said = study_layers([(dec, site)], asked, "A", ["A", "B"], heads=[head])["details"][0].get("ablation")
         worth = choosing.contributions(head, ["A", "B"])
-        leading = worth.argsort(descending=True)[: int((worth > 0).sum())]
+        leading = leading_pairs(worth)
         assert said is not None
         count = len(said["pairs"])
         assert {p["nats"] for p in said["pairs"]} == set(worth[leading[:count]].tolist())
         taken = [choosing.removed(head, leading[:n], ["A", "B"]) for n in TRIED if n < count]
         assert all(share < REMOVED for share in taken)
         enough = choosing.removed(head, leading[:count], ["A", "B"]) >= REMOVED
-        assert enough or count == min(len(leading), TRIED[-1])
+        assert enough or count == len(leading)
+
+
+@given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=60))
+def test_leading_pairs_are_the_fewest_with_most_of_what_is_added(values: list[float]) -> None:
+    worth = torch.tensor(values)
+    chosen = worth[leading_pairs(worth)].tolist()
+    added = sorted((v for v in values if v > 0), reverse=True)
+    assert chosen == added[: len(chosen)] and len(chosen) <= TRIED[-1]
+    if len(chosen) < TRIED[-1]:
+        assert sum(chosen) >= LEADING * sum(added) - 1e-4
+    assert not chosen or sum(chosen[:-1]) < LEADING * sum(added) + 1e-4
 
 
 def test_prompts_without_answers_are_studied_by_attention_alone() -> None:
     site, dec = opened()
-    found = study_layer(dec, site, some_prompts(choices=False), "A", ["A"])
-    assert found["difference"] is None and found["heads"][0]["without_target"]["difference"] is None
-    attention = [mean(head["A"]["true"]) for head in found["attention"]]
-    assert len(attention) == 4 and "difference" not in found["heads"][0]["ablation"]["effect"]
+    found = study_layers([(dec, site)], some_prompts(choices=False), "A", ["A"])
+    assert found["difference"] is None and found["heads"][0]["without_target"] is None
+    halves = _Half(dec, site, some_prompts().take(torch.tensor([0, 2, 4, 6]))).to
+    attention = halves(_Half(dec, site, some_prompts().take(torch.tensor([0, 2, 4, 6]))).end_BNK["true"], ["A"]).mean(0)
+    assert [row["head"] for row in found["heads"]] == attention.argsort(descending=True).tolist()
+    assert "difference" not in found["details"][0]["ablation"]["effect"]
 
 
 def test_what_cannot_be_studied_is_said() -> None:
     site, dec = opened()
     with pytest.raises(UserError, match="2 prompts are too few"):
-        study_layer(dec, site, some_prompts().take(torch.tensor([0, 1])), "A", ["A"])
+        study_layers([(dec, site)], some_prompts().take(torch.tensor([0, 1])), "A", ["A"])
     with pytest.raises(UserError, match="head 7: the layer has heads 0 to 3"):
-        study_layer(dec, site, some_prompts(), "A", ["A"], heads=[7])
+        study_layers([(dec, site)], some_prompts(), "A", ["A"], heads=[7])

@@ -69,8 +69,7 @@ class FeatureNames:
     @cached_property
     def _tokens(self) -> dict[tuple[str, int], dict[str, float]]:
         path = self._layer.folder / "examples.parquet"
-        columns, strongest = ["side", "feature", "center", "tokens"], [("range", "=", STRONGEST)]
-        table = read(path, lambda path: pq.read_table(path, columns=columns, filters=strongest))
+        table = read(path, _strongest)
         if table is None:
             return {}
         lists = table["tokens"].combine_chunks()
@@ -81,6 +80,12 @@ class FeatureNames:
         ):
             found.setdefault((side, feature), Counter())[token] += 1
         return {key: {token: n / c.total() for token, n in c.items()} for key, c in found.items()}
+
+
+def _strongest(path: Path) -> pa.Table:
+    ranged = "range" in pq.read_schema(path).names  # earlier artefacts have no others
+    only = [("range", "=", STRONGEST)] if ranged else None
+    return pq.read_table(path, columns=["side", "feature", "center", "tokens"], filters=only)
 
 
 def _first(shares: dict[str, float], count: int) -> list[str]:

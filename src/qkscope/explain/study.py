@@ -2,12 +2,13 @@
 
 One half of the prompts chooses heads and pairs, the other half is what is reported.
 
-1. Every head's attention from the last token to each mark: of the model, the transcoders, the pruned map.
-2. Heads that carry the job: what the choice between right and wrong next tokens loses when the head may not look from
-   the last token to the target (its row's rest is scaled up).
-3. For those heads the pairs from the last token to each mark: what they add to the log-odds of that mark against the
-   rest of the row (explain/trace.py), averaged over prompts.
-4. The fewest of the pairs that lead to the target's family whose ablation takes `REMOVED` of the head's attention to
+1. Every head's attention from the last token to each mark, of the model, the transcoders and the pruned map; and what
+   the choice between right and wrong next tokens gains when the head may not look from the last token to the target
+   (its row's rest is scaled up). Heads are ordered by the latter on the choosing half: those it hurts most carry the
+   job.
+2. For the first of them the pairs from the last token to each mark: what they add to the log-odds of that mark against
+   the rest of the row (explain/trace.py), averaged over prompts.
+3. The fewest of the pairs that lead to the target's family whose ablation takes `REMOVED` of the head's attention to
    it; what that does to the choice, to the head's other rows (total variation), and, as controls, what ablating as many
    of the head's next most important pairs, and as many drawn at random, does.
 
@@ -34,13 +35,13 @@ from .trace import KINDS, Trace
 
 REMOVED = 0.8  # share of the attention to the target's family that an ablation is to take away
 TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # numbers of pairs to ablate
+LEADING = 0.95  # share of what pairs add to the family's log-odds that those to ablate come from
 RANDOM_DRAWS = 5
 
 
 @torch.no_grad()
-def study_layer(
-    dec: Decomposition,
-    site: AttentionSite,
+def study_layers(
+    opened: Sequence[tuple[Decomposition, AttentionSite]],
     asked: Asked,
     target: str,
     family: Sequence[str],
@@ -48,47 +49,51 @@ def study_layer(
     heads: int | Sequence[int] = 2,
     top: int = 10,
 ) -> dict[str, Any]:
-    """One layer's part in what a prompt set asks for; `heads`: how many to look into, or which.
+    """What the heads of some layers of one model do of what a prompt set asks for.
 
-    Figures are {"mean", "ci95"} over prompts of the reporting half.
+    `heads`: how many to look into over all layers, or which of every layer. Figures are {"mean", "ci95"} over prompts
+    of the reporting half; `heads` of the result holds every head, the ones that carry the job first, `details` those
+    that were looked into. `UserError` for too few prompts and a head that is not there.
     """
-    half = torch.arange(len(asked)) % 2 == 0
     if len(asked) < 4:
-        raise UserError(
-            f"{len(asked)} prompts are too few: one half chooses and the other is reported; give at least 4"
-        )
-    choose, report = (_Half(dec, site, asked.take(side.nonzero()[:, 0])) for side in (half, ~half))
-    carried_N = [choose.without(n, target) for n in range(dec.shape.N)]
-    if isinstance(heads, int):
-        said = torch.tensor([_mean(d) if asked.choices else -_mean(a) for a, d in carried_N])
-        chosen = said.argsort()[:heads].tolist()
-    else:
-        chosen = list(heads)
-        wrong = [n for n in chosen if not 0 <= n < dec.shape.N]
-        if wrong:
-            raise UserError(f"head {wrong[0]}: the layer has heads 0 to {dec.shape.N - 1}")
+        raise UserError(f"{len(asked)} prompts are too few: one half chooses, the other is reported; give at least 4")
+    even = torch.arange(len(asked)) % 2 == 0
+    halves = [
+        tuple(_Half(dec, site, asked.take(side.nonzero()[:, 0])) for side in (even, ~even)) for dec, site in opened
+    ]
+    rows = []
+    for choose, report in halves:
+        n_heads = choose.dec.shape.N
+        if not isinstance(heads, int) and (wrong := [n for n in heads if not 0 <= n < n_heads]):
+            raise UserError(f"head {wrong[0]}: the layer has heads 0 to {n_heads - 1}")
+        for head in range(n_heads):
+            attention, gained = choose.without(head, target)
+            said = -_mean(attention) if gained is None else _mean(gained)
+            rows.append((said, {"layer": choose.dec.layer, "head": head, **report.of_head(head, target)}))
+    rows.sort(key=lambda row: row[0])
+    every = [row for _, row in rows]
+    wanted = every[:heads] if isinstance(heads, int) else [row for row in every if row["head"] in heads]
+    by_layer = {choose.dec.layer: (choose, report) for choose, report in halves}
     return {
-        "layer": dec.layer,
-        "prompts": {"choosing": len(choose.asked), "reported": len(report.asked)},
-        "difference": _figure(report.difference),
-        "attention": report.attention_by_mark(),
-        "heads": [_study_head(choose, report, n, target, [m for m in family if m in asked.marks], top) for n in chosen],
+        "prompts": {"choosing": int(even.sum()), "reported": int((~even).sum())},
+        "difference": _figure(halves[0][1].difference),
+        "heads": every,
+        "details": [
+            _details(*by_layer[row["layer"]], row["head"], [m for m in family if m in asked.marks], top)
+            for row in wanted
+        ],
     }
 
 
-def _study_head(
-    choose: _Half, report: _Half, head: int, target: str, family: Sequence[str], top: int
-) -> dict[str, Any]:
+def _details(choose: _Half, report: _Half, head: int, family: Sequence[str], top: int) -> dict[str, Any]:
     """Pairs of one head, and what ablating them does."""
-    attention, difference = report.without(head, target)
     found: dict[str, Any] = {
+        "layer": choose.dec.layer,
         "head": head,
-        "without_target": {"attention": _figure(attention), "difference": _figure(difference)},
         "pairs": {m: _pair_rows(choose.dec, choose.contributions(head, [m]), top) for m in choose.asked.marks},
     }
     worth = choose.contributions(head, family)
-    leading = worth.argsort(descending=True)[: TRIED[-1]]
-    leading = leading[worth[leading] > 0]
+    leading = leading_pairs(worth)
     if not len(leading):
         return found
     count = next(n for n in TRIED if n >= len(leading) or choose.removed(head, leading[:n], family) >= REMOVED)
@@ -110,6 +115,14 @@ def _study_head(
         },
     }
     return found
+
+
+def leading_pairs(worth_P: Tensor) -> Tensor:
+    """Pairs that add to what is wanted, the most first, until they have `LEADING` of all that is added."""
+    order = worth_P.argsort(descending=True)
+    adds = worth_P[order].clamp(min=0)
+    before = adds.cumsum(0) - adds
+    return order[(before < LEADING * adds.sum()) & (adds > 0)][: TRIED[-1]]
 
 
 class _Half:
@@ -136,17 +149,13 @@ class _Half:
             out += found * (at_B >= 0)[:, None]
         return out
 
-    def attention_by_mark(self) -> list[dict[str, Any]]:
-        """For each head, from the last token to each mark, by kind."""
-        n_heads = self.dec.shape.N
-        by = {
-            mark: {kind: self.to(pattern, [mark]) for kind, pattern in self.end_BNK.items()}
+    def of_head(self, head: int, target: str) -> dict[str, Any]:
+        """A head's attention from the last token to each mark, by kind, and what the choice gains without it."""
+        attention = {
+            mark: {kind: _figure(self.to(pattern, [mark])[:, head]) for kind, pattern in self.end_BNK.items()}
             for mark in self.asked.marks
         }
-        return [
-            {mark: {kind: _figure(found[:, n]) for kind, found in kinds.items()} for mark, kinds in by.items()}
-            for n in range(n_heads)
-        ]
+        return {"attention": attention, "without_target": _figure(self.without(head, target)[1])}
 
     def without(self, head: int, target: str) -> tuple[Tensor, Tensor | None]:
         """The last token's attention to the target in one head, [B], and what the choice gains without it, [B]."""
