@@ -125,6 +125,8 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ran == [0, 1]
     assert [layer["seed"] for layer in both["layers"]] == [0, 1]
     assert json.loads(path.read_text()) == json.loads(json.dumps(both))
+    again = bench_quality("small", ["stories-gpt2"], [1], [1], path, 1)
+    assert ran == [0, 1] and len(again["layers"]) == 2  # what was not asked for this time is not lost
     rows = both["layers"][0]["rows"]
     maps = {(r["dictionary"], r["method"], r.get("asked")): r for r in rows if "pairs" in r}
     assert {("seed", "mask", 30), ("default", "prune and tune", 60), (FEW, "prune and tune", 30)} <= set(maps)
