@@ -24,7 +24,7 @@ from .decomposition import Decomposition
 from .dictionary import SparseTranscoder
 from .errors import UserError
 from .evaluate.patched import PatchedScore
-from .evaluate.patterns import PatternScore
+from .evaluate.patterns import KLScore
 from .kernels.row_kl import exp
 from .pattern import AttentionInputs, PatternSource
 from .training.stream import harvest_finite
@@ -103,7 +103,7 @@ def outcome(target: TargetConfig, report: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def cost_of(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], bounds: Bounds) -> Cost:
     """What a decomposition's pruned map costs on these batches."""
-    score, patched = PatternScore(), PatchedScore()
+    score, patched = KLScore(), PatchedScore()
     for batch in batches:
         inputs = harvest_finite(site, batch)
         score.add(inputs, dec.log_pattern_kept(inputs))
@@ -153,7 +153,7 @@ def _paid(
     log_pattern: Callable[[AttentionInputs], Tensor], site: AttentionSite, batches: Sequence[Batch]
 ) -> tuple[float, float]:
     """Pattern KL and logit KL of a log-pattern."""
-    score, patched = PatternScore(), PatchedScore()
+    score, patched = KLScore(), PatchedScore()
     source: PatternSource = lambda inputs: exp(log_pattern(inputs))  # noqa: E731
     for batch in batches:
         inputs = harvest_finite(site, batch)

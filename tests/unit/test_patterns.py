@@ -10,7 +10,7 @@ import torch
 from layers import LAYERS, close, some_inputs
 from torch import Tensor
 
-from qkscope.evaluate.patterns import MeanPattern, PatternScore, uniform_log_pattern
+from qkscope.evaluate.patterns import KLScore, MeanPattern, PatternScore, uniform_log_pattern
 from qkscope.pattern import AttentionInputs
 
 
@@ -48,11 +48,12 @@ def slow_report(batches: list[tuple[AttentionInputs, Tensor]], without: bool, he
 
 @pytest.mark.parametrize("name", ["causal", "sliding", "bidirectional", "padded", "sink", "all"])
 def test_scores_are_the_loops(name: str) -> None:
-    score, batches = PatternScore(), []
+    score, alone, batches = PatternScore(), KLScore(), []
     for seed, batch in ((71, 2), (72, 3)):
         inputs = some_inputs(seed, **{**LAYERS[name], "batch": batch})
         batches.append((inputs, another(inputs)))
         score.add(*batches[-1])
+        alone.add(*batches[-1])
     report = score.report()
     whole, rest = slow_report(batches, False, None), slow_report(batches, True, None)
     for m, metric in enumerate(("pattern_kl", "top1", "absolute_error")):
@@ -63,6 +64,7 @@ def test_scores_are_the_loops(name: str) -> None:
         for n in range(4):
             assert found["per_head"][n]["mean"] == pytest.approx(slow_report(batches, False, n)[m], rel=1e-4)
     assert abs(whole[0] - rest[0]) > 1e-3
+    assert alone.kl.figure() == score.kl.figure()
 
 
 @pytest.mark.parametrize("name", ["causal", "padded", "all"])

@@ -22,7 +22,7 @@ from ..pattern import AttentionInputs
 from ..training.stream import harvest_finite
 from .adversary import adversary
 from .patched import PatchedScore
-from .patterns import PatternScore
+from .patterns import KLScore
 
 CUTS = ("keep", "remove", "keep_random")
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)
@@ -66,7 +66,7 @@ def curve(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], see
         for n in counts
         for name, index in zip(CUTS, (order[:n], order[n:], mixed[:n]), strict=True)
     }
-    scores = {name: PatternScore() for name in variants}
+    scores = {name: KLScore() for name in variants}
     patched = PatchedScore()
     for batch in batches:
         inputs = harvest_finite(site, batch)
@@ -87,7 +87,7 @@ def _pattern(log_pattern: Callable[[AttentionInputs], Tensor]) -> PatternSource:
     return lambda inputs: exp(log_pattern(inputs))
 
 
-def _figures(score: PatternScore, patched: PatchedScore, name: str) -> dict[str, Any]:
+def _figures(score: KLScore, patched: PatchedScore, name: str) -> dict[str, Any]:
     out = {"pattern_kl": score.kl.figure()}
     if name in patched.kl:
         out |= {"logit_kl": patched.kl[name].figure(), "ce_increase": patched.increase(name)}

@@ -18,7 +18,7 @@ from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
 from .patched import PatchedScore, zero_pattern
-from .patterns import MeanPattern, PatternScore, uniform_log_pattern, uniform_pattern
+from .patterns import KLScore, MeanPattern, PatternScore, uniform_log_pattern, uniform_pattern
 
 DENSE = 0.1  # a feature that fires on more than this share of tokens is dense
 HISTOGRAM_EDGES = [-6 + 0.25 * i for i in range(25)]  # log10 of the share of tokens a feature fires on
@@ -111,7 +111,7 @@ def measure(
         others["shuffled"] = lambda inputs: _masked(inputs, dec.scores(inputs, pairs, strength))
     curve = {share: _strongest(dec, share) for share in CURVE if round(share * len(dec.pairs)) >= 1}
     scores = {name: PatternScore() for name in [*sources, *others, "map_all"]}
-    curve_kl = {share: PatternScore() for share in curve}
+    curve_kl = {share: KLScore() for share in curve}
     activity = {side: Activity() for side in SIDES}
     active = Ratio()
     patched = PatchedScore()

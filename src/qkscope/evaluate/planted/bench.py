@@ -27,7 +27,7 @@ from ...training.job import Job
 from ...training.recipes import resolved
 from ...training.step1 import Step1Job
 from ..controls import shuffled_pairs, untrained
-from ..patterns import PatternScore, uniform_log_pattern
+from ..patterns import KLScore, uniform_log_pattern
 from ..stability import Overlap
 from ..workbench import Workbench
 from .scores import identities, match_activations, match_rows, pair_scores, predictions
@@ -91,7 +91,7 @@ class PlantedBench(Workbench):
 
     def kl(self, log_pattern: Callable[[AttentionInputs], Tensor]) -> float:
         """Mean pattern KL on held-out tokens, nats."""
-        score = PatternScore()
+        score = KLScore()
         for _, inputs in self.heldout:
             score.add(inputs, log_pattern(inputs))
         return score.kl.mean
@@ -107,7 +107,7 @@ class PlantedBench(Workbench):
     @torch.no_grad()
     def ceiling(self) -> dict[str, Any]:
         """What the world allows: a uniform pattern, the truth without interference, and `oracle` below."""
-        score = PatternScore()
+        score = KLScore()
         for acts, inputs in self.heldout:
             score.add(inputs, self.world.log_pattern_true(acts, inputs))
         oracle = oracle_job(self.world)

@@ -34,7 +34,7 @@ from ...training.stream import ModelStream
 from ..adversary import adversary
 from ..controls import untrained
 from ..patched import PatchedScore, zero_pattern
-from ..patterns import PatternScore, uniform_log_pattern
+from ..patterns import KLScore, PatternScore, uniform_log_pattern
 from ..report import Activity
 from ..workbench import Workbench
 
@@ -102,7 +102,7 @@ class LayerBench(Workbench):
     @torch.no_grad()
     def judge_decomposition(self, dec: Decomposition, pairs: str) -> dict[str, Any]:
         source = dec.log_pattern_kept if pairs == "kept" else dec.log_pattern_all
-        score, whole, patched = PatternScore(), PatternScore(), PatchedScore()
+        score, whole, patched = PatternScore(), KLScore(), PatchedScore()
         activity = {side: Activity() for side in SIDES}
         for batch in self.heldout:
             inputs = self._inputs(batch)
@@ -126,7 +126,7 @@ class LayerBench(Workbench):
     @torch.no_grad()
     def bounds(self) -> dict[str, Any]:
         """The pattern's KL from a uniform one, and what the model loses without this attention."""
-        score, patched = PatternScore(), PatchedScore()
+        score, patched = KLScore(), PatchedScore()
         for batch in self.heldout:
             inputs = self._inputs(batch)
             score.add(inputs, uniform_log_pattern(inputs))
