@@ -27,6 +27,8 @@ SKILLS = {
     "closing quotation mark": "quote_close",
     "agreement": "verb",
     "next day's date": "next_day",
+    "next day's number, in a diary": "next_day",
+    "next day's number, elsewhere": "next_day",
     "list told over again": "list_again",
 }
 PAIRS = dict(words.BE) | dict(words.DOES) | {b: a for a, b in (*words.BE, *words.DOES)}
@@ -62,6 +64,9 @@ def skills(model: Any, tokenizer: Any, documents: int = 1000) -> dict[str, Any]:
                     asked = roles[:, NAMES.index(role)]
                     if name == "indirect object":  # not the rest of a long name, nor a surname after its title
                         asked[1:] &= roles[:-1, NAMES.index("preposition")]
+                    if "number" in name:
+                        asked = asked & roles[:, NAMES.index("day_number")]
+                        asked &= story.text.startswith("Diary") == ("diary" in name)
                     good = right[b, :t].numpy()[asked]
                 totals[name].append((float(np.sum(good)), len(good)))
     found = {name: torch.tensor(values, dtype=torch.float64).unbind(1) for name, values in totals.items()}
