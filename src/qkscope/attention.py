@@ -1,8 +1,8 @@
 """AttentionSite: read and replace one layer's attention in any Hugging Face model.
 
-transformers routes nearly every model's attention through one registry. qkscope registers its own function there, with
-its mask function (an unregistered mask name would mean: no mask), and so sees what each layer's attention sees: queries
-and keys, the mask, the scale, the soft cap and the learned sinks. No architecture is named in this file.
+transformers routes nearly every model's attention through one registry, in which qkscope has its own function
+(routing.py), and so sees what each layer's attention sees: queries and keys, the mask, the scale, the soft cap and the
+learned sinks. No architecture is named in this file.
 
 What is notable:
 - Queries and keys are handed over as they *enter* the rotary embedding (see rotary.py), so a feature means the same at
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -28,77 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
 
 from .errors import UserError
 from .models import block_of, load_model
 from .pattern import AttentionInputs, PatternRule, PatternSource
 from .rotary import RotaryCall, RotaryLayout
-
-IMPLEMENTATION = "qkscope"
-SUPPORTED = (
-    "gpt2, gpt_neox, llama, qwen2, qwen3, gemma, gemma2, gemma3, mistral, phi, phi3, olmo2, olmo3, opt, granite, "
-    "cohere2, starcoder2, deepseek_v3, gpt_oss, bert"
-)
-
-
-class _Stop(Exception):
-    """Ends a forward pass after the last wanted layer."""
-
-
-Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | None]
-_handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
-_seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function; q, k, v are [B, heads, T, H] and the result [B, T, N, H]."""
-    if _seen is not None:
-        _seen.append(module)
-    handler = _handlers.get(module)
-    if handler is None and softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    rule = PatternRule(
-        visible_BQK=_visible(attention_mask, query, key),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sink_N=s_aux,
-    )
-    q, k = query.transpose(1, 2), key.transpose(1, 2)
-    pattern = handler(module, q, k, value, rule) if handler else None
-    if pattern is None:
-        pattern = rule.log_pattern(q, k).exp()
-    pattern = pattern[..., : key.shape[2]].to(value.dtype)  # the sink takes mass and carries no value
-    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return (pattern @ value).transpose(1, 2).contiguous(), pattern
-
-
-def _visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """bool [B or 1, Q, K] of the additive mask that the model made; None means that every key is visible."""
-    n_query, n_key = query.shape[2], key.shape[2]
-    if mask is None:
-        return torch.ones(1, n_query, n_key, dtype=torch.bool, device=query.device)
-    mask = mask[..., :n_key]
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    visible = visible[:, 0]
-    # A padded query may see no key at all; it counts nowhere, but its softmax must stay finite.
-    return visible | ~visible.any(-1, keepdim=True)
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
+from .routing import IMPLEMENTATION, SUPPORTED, Stop, attention_modules, handlers, name_of, no_cache, random_tokens
 
 
 class AttentionSite:
@@ -111,7 +45,7 @@ class AttentionSite:
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, layer: int, residual: bool = False) -> None:
         self.model, self.tokenizer, self.layer = model, tokenizer, layer
-        self.modules = _attention_modules(model)
+        self.modules = attention_modules(model)
         if not 0 <= layer < len(self.modules):
             raise UserError(
                 f"layer {layer} is out of range: the model has attention layers 0 to {len(self.modules) - 1}"
@@ -173,7 +107,7 @@ class AttentionSite:
         """The layer's block: what the residual stream goes into, of which the attention is a part."""
         found = block_of(self.model, self.module)
         if found is None:
-            raise UserError(f"{_name(self.model)}: its layers are no list, so the residual stream is not found")
+            raise UserError(f"{name_of(self.model)}: its layers are no list, so the residual stream is not found")
         return found
 
     @contextmanager
@@ -206,16 +140,16 @@ class AttentionSite:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             return on_inputs(AttentionInputs(x, q, k, rule, real, residual))
 
-        if self.module in _handlers:
+        if self.module in handlers:
             raise RuntimeError(f"layer {self.layer} is already being read or replaced")
         hooks = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
         if residual:
             hooks.append(self.block.register_forward_pre_hook(enter, with_kwargs=True))
-        _handlers[self.module] = handler
+        handlers[self.module] = handler
         try:
             yield
         finally:
-            del _handlers[self.module]
+            del handlers[self.module]
             for hook in hooks:
                 hook.remove()
             arguments.clear()
@@ -239,7 +173,7 @@ class AttentionSite:
 
         def handler(module: nn.Module, q: Tensor, k: Tensor, value: Tensor, rule: PatternRule) -> None:
             queries.append(q.transpose(1, 2))
-            raise _Stop
+            raise Stop
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             calls.clear()
@@ -248,28 +182,28 @@ class AttentionSite:
 
         originals = {n: file[n] for n in names}
         hook = self.module.register_forward_pre_hook(before, with_kwargs=True)
-        _handlers[self.module] = handler
+        handlers[self.module] = handler
         try:
             file.update({n: recorder(f) for n, f in originals.items()})
             self._forward(*random_tokens(self.model))
-        except _Stop:
+        except Stop:
             pass
         finally:
             file.update(originals)
-            del _handlers[self.module]
+            del handlers[self.module]
             hook.remove()
         if not calls:
             return None  # learned positions, or a layer without positions of its own
         layout = RotaryLayout.probe(calls[-1], queries[-1])
         if layout is None or not isinstance(tables[-1], tuple):
             raise UserError(
-                f"{_name(self.model)}: layer {self.layer} changes its queries after the rotary embedding, or keeps "
+                f"{name_of(self.model)}: layer {self.layer} changes its queries after the rotary embedding, or keeps "
                 f"the tables to itself; supported: {SUPPORTED}"
             )
         return layout
 
     def _forward(self, tokens_BT: Tensor, real_BT: Tensor) -> Any:
-        return self.model(input_ids=tokens_BT, attention_mask=real_BT.long(), **_no_cache(self.model))
+        return self.model(input_ids=tokens_BT, attention_mask=real_BT.long(), **no_cache(self.model))
 
     def _probe(self) -> AttentionInputs:
         tokens, real = random_tokens(self.model)
@@ -286,8 +220,8 @@ class AttentionSite:
         for y in (still.q_BTNH, still.k_BTGH):
             if not (y - y[:, :1]).abs().max() <= tolerance * y.abs().max():
                 raise UserError(
-                    f"{_name(self.model)}: queries or keys at layer {self.layer} depend on the position in a way that "
-                    f"is no rotary embedding known here; supported: {SUPPORTED}"
+                    f"{name_of(self.model)}: queries or keys at layer {self.layer} depend on the position in a way "
+                    f"that is no rotary embedding known here; supported: {SUPPORTED}"
                 )
         inputs = harvest([self], tokens, real)[0]
         with self.reading(lambda x: inputs.x_BTD):  # rounding in the layers below is no business of this check
@@ -297,7 +231,7 @@ class AttentionSite:
         worst = (mine - own).abs().sum(-1).transpose(1, 2)[real].mean(0).max().item() / 2
         if not worst <= tolerance:
             raise UserError(
-                f"{_name(self.model)}: the pattern at layer {self.layer} is off by {worst:.1e} from the model's own; "
+                f"{name_of(self.model)}: the pattern at layer {self.layer} is off by {worst:.1e} from the model's own; "
                 f"this architecture is not understood (supported: {SUPPORTED})"
             )
         plain = _first_output(self._forward(tokens, real))[real]
@@ -309,8 +243,8 @@ class AttentionSite:
         change, moved = (same - plain).float().norm(), (other - plain).float().norm()
         if not change <= 0.05 * moved or not moved > 0:
             raise UserError(
-                f"{_name(self.model)}: replacing the pattern at layer {self.layer} does not act as it should (the true "
-                f"pattern moves the output by {change:.1e}, a zero pattern by {moved:.1e})"
+                f"{name_of(self.model)}: replacing the pattern at layer {self.layer} does not act as it should (the "
+                f"true pattern moves the output by {change:.1e}, a zero pattern by {moved:.1e})"
             )
 
     @contextmanager
@@ -321,7 +255,7 @@ class AttentionSite:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             bound = signature.bind(*args, **kwargs)
             if "hidden_states" not in bound.arguments:
-                raise UserError(f"{_name(self.model)}: its attention takes no hidden_states; supported: {SUPPORTED}")
+                raise UserError(f"{name_of(self.model)}: its attention takes no hidden_states; supported: {SUPPORTED}")
             bound.arguments["hidden_states"] = change(bound.arguments["hidden_states"])
             return bound.args, bound.kwargs
 
@@ -337,7 +271,7 @@ class AttentionSite:
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
-                raise UserError(f"{_name(self.model)}: its attention reports no pattern; supported: {SUPPORTED}")
+                raise UserError(f"{name_of(self.model)}: its attention reports no pattern; supported: {SUPPORTED}")
             patterns.append(output[1])
 
         hook = self.module.register_forward_hook(after)
@@ -364,14 +298,14 @@ def harvest(
         def take(inputs: AttentionInputs) -> None:
             found[site.layer] = replace(inputs.detached(), real_BT=real_BT)
             if site.layer == last:
-                raise _Stop
+                raise Stop
 
         return take
 
     with torch.no_grad(), ExitStack() as stack:
         for site in sites:
             stack.enter_context(site._handle(taker(site), residual))
-        with suppress(_Stop):
+        with suppress(Stop):
             sites[0]._forward(tokens_BT, real_BT)
     return [found[site.layer] for site in sites]
 
@@ -383,50 +317,6 @@ def open_sites(
     return [AttentionSite(model, tokenizer, layer=layer, residual=residual) for layer in layers]
 
 
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that call the registered function, in the order of the forward pass."""
-    global _seen
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{_name(model)} is an encoder-decoder model, which is not supported; supported: {SUPPORTED}")
-    tokens, real = random_tokens(model)
-    _seen = seen = []
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-        with torch.no_grad():
-            model(input_ids=tokens, attention_mask=real.long(), **_no_cache(model))
-    except ValueError as error:  # transformers refuses an implementation that the architecture does not take
-        raise UserError(
-            f"{_name(model)} does not route its attention through transformers' registry "
-            f"({str(error).splitlines()[0][:120]}); supported: {SUPPORTED}"
-        ) from None
-    finally:
-        _seen = None
-    if not seen:
-        raise UserError(
-            f"{_name(model)} does not route its attention through transformers' registry; supported: {SUPPORTED}"
-        )
-    return list(dict.fromkeys(seen))
-
-
-def random_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Two sequences of random tokens [2, 24], the second padded on the right; the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    tokens = torch.randint(vocabulary, (2, 24), generator=generator)
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    real[1, 17:] = False
-    device = next(model.parameters()).device
-    return tokens.to(device), real.to(device)
-
-
-def _no_cache(model: nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-
-
 def _first_output(output: Any) -> Tensor:
     """Logits, or the last hidden state of a model without a head."""
     return output.logits if getattr(output, "logits", None) is not None else output[0]
-
-
-def _name(model: nn.Module) -> str:
-    return str(getattr(model.config, "model_type", type(model).__name__))

@@ -63,7 +63,8 @@ class Norm(nn.Module):
 @torch.no_grad()
 def norm_of(site: AttentionSite) -> Norm:
     """The norm between a site's residual stream and its attention; `UserError` where it is of no form known here."""
-    from .attention import harvest, random_tokens
+    from .attention import harvest
+    from .routing import random_tokens
 
     tokens, real = random_tokens(site.model)
     (r,) = (i.x_BTD for i in harvest([site], tokens, real, residual=True))

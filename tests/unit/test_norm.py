@@ -9,9 +9,10 @@ import torch
 from tiny import NAMES, tiny_model
 from torch import nn
 
-from qkscope.attention import AttentionSite, harvest, random_tokens
+from qkscope.attention import AttentionSite, harvest
 from qkscope.errors import UserError
 from qkscope.norm import norm_of
+from qkscope.routing import random_tokens
 
 KINDS = {
     "gpt2": "layer", "gpt_neox": "layer", "opt": "layer", "phi": "layer", "cohere2": "layer", "starcoder2": "layer",

@@ -26,7 +26,7 @@ from tiny import VOCABULARY, tiny_model
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
-from qkscope.attention import IMPLEMENTATION, AttentionSite, harvest, open_sites
+from qkscope.attention import AttentionSite, harvest, open_sites
 from qkscope.config import RunConfig
 from qkscope.data.documents import split_of
 from qkscope.decomposition import Decomposition, SiteShape
@@ -37,6 +37,7 @@ from qkscope.pairs.importance import see
 from qkscope.pairs.mask import MaskJob
 from qkscope.pairs.tune import MapJob
 from qkscope.progress import Reporter
+from qkscope.routing import IMPLEMENTATION
 from qkscope.run_folder import write_config
 from qkscope.training.objective import PatternTarget
 from qkscope.training.start import side_statistics, start
@@ -211,7 +212,7 @@ def test_9_metrics_come_from_heldout_documents_only(tmp_path: Path, monkeypatch:
     tokens = torch.randint(5, 55, (2, 16))
     dec = some_decomposition(harvest([site], tokens, tokens > 0)[0])
     folder = tmp_path / "run"
-    shape = SiteShape(**site.shape, rotary=False)
+    shape = SiteShape(**site.shape, rotary=False)  # type: ignore[arg-type]
     write_config(folder, config, {0: {**site.shape, "rotary": False}}, "cpu")
     dec.save(folder / "layer_0")
     assert Decomposition.load(folder / "layer_0").shape == shape

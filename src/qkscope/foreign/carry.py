@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import AttentionSite, harvest, random_tokens
+from ..attention import AttentionSite, harvest
 from ..config import DictionaryConfig
 from ..errors import UserError
 from ..norm import Norm, norm_of
 from ..pattern import AttentionInputs
 from ..residual import Reading, ResidualTranscoder
+from ..routing import random_tokens
 from .find import OPTION, Found, find
 from .saelens import ResidualSAE, layer_of, read_sae
 

@@ -1,0 +1,129 @@
+"""transformers' registry of attention functions: qkscope's own function in it, and the modules that call it.
+
+An unregistered mask name would mean no mask, so the eager mask is registered with the function. What a call is handed
+becomes a `PatternRule`; a handler that stands for the calling module may then answer with a pattern of its own.
+
+Shapes: B sequences, T positions (Q as a query, K as a key), N query heads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+from .errors import UserError
+from .pattern import PatternRule
+
+IMPLEMENTATION = "qkscope"
+SUPPORTED = (
+    "gpt2, gpt_neox, llama, qwen2, qwen3, gemma, gemma2, gemma3, mistral, phi, phi3, olmo2, olmo3, opt, granite, "
+    "cohere2, starcoder2, deepseek_v3, gpt_oss, bert"
+)
+
+
+class Stop(Exception):
+    """Ends a forward pass after the last wanted layer."""
+
+
+Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | None]
+handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
+_seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function; q, k, v are [B, heads, T, H] and the result [B, T, N, H]."""
+    if _seen is not None:
+        _seen.append(module)
+    handler = handlers.get(module)
+    if handler is None and softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rule = PatternRule(
+        visible_BQK=_visible(attention_mask, query, key),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sink_N=s_aux,
+    )
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    pattern = handler(module, q, k, value, rule) if handler else None
+    if pattern is None:
+        pattern = rule.log_pattern(q, k).exp()
+    pattern = pattern[..., : key.shape[2]].to(value.dtype)  # the sink takes mass and carries no value
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return (pattern @ value).transpose(1, 2).contiguous(), pattern
+
+
+def _visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """bool [B or 1, Q, K] of the additive mask that the model made; None means that every key is visible."""
+    n_query, n_key = query.shape[2], key.shape[2]
+    if mask is None:
+        return torch.ones(1, n_query, n_key, dtype=torch.bool, device=query.device)
+    mask = mask[..., :n_key]
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = visible[:, 0]
+    # A padded query may see no key at all; it counts nowhere, but its softmax must stay finite.
+    return visible | ~visible.any(-1, keepdim=True)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that call the registered function, in the order of the forward pass."""
+    global _seen
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{name_of(model)} is an encoder-decoder model, which is not supported; supported: {SUPPORTED}")
+    tokens, real = random_tokens(model)
+    _seen = seen = []
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=real.long(), **no_cache(model))
+    except ValueError as error:  # transformers refuses an implementation that the architecture does not take
+        raise UserError(
+            f"{name_of(model)} does not route its attention through transformers' registry "
+            f"({str(error).splitlines()[0][:120]}); supported: {SUPPORTED}"
+        ) from None
+    finally:
+        _seen = None
+    if not seen:
+        raise UserError(
+            f"{name_of(model)} does not route its attention through transformers' registry; supported: {SUPPORTED}"
+        )
+    return list(dict.fromkeys(seen))
+
+
+def random_tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Two sequences of random tokens [2, 24], the second padded on the right; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens = torch.randint(vocabulary, (2, 24), generator=generator)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 17:] = False
+    device = next(model.parameters()).device
+    return tokens.to(device), real.to(device)
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+def name_of(model: nn.Module) -> str:
+    return str(getattr(model.config, "model_type", type(model).__name__))
