@@ -19,7 +19,7 @@ import torch
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import pipeline
+from qkscope import runner
 from qkscope.cli import main
 from qkscope.evaluate import report
 
@@ -64,7 +64,7 @@ def argv(out: Path, model: Path, source: Path, changes: dict[str, Any] | None = 
 def small_constants() -> Iterator[None]:
     """Starts are fitted to less text, and less of it is checked pair by pair: most of a small run's time otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "START_TOKENS", 300)
+        patch.setattr(runner, "START_TOKENS", 300)
         patch.setattr(report, "CHECK_TOKENS", 8)
         yield
 

@@ -1,6 +1,6 @@
 """Methods side by side on one layer: dictionaries trained on the same batches, and every way to prune their pairs.
 
-What the benchmarks stand on; a run (pipeline.py) has one method, checkpoints and a folder instead.
+What the benchmarks stand on; a run (runner.py) has one method, checkpoints and a folder instead.
 """
 
 from __future__ import annotations
