@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ..errors import UserError
@@ -43,7 +43,7 @@ def routes(folder: Path) -> list[Route]:
     async def answer(work: Callable[[], dict[str, Any]]) -> Response:
         try:
             # A request that has waited too long and has not begun leaves the queue; one that has begun ends unheard.
-            return JSONResponse(await asyncio.wait_for(asyncio.wrap_future(worker.submit(work)), SECONDS))
+            return _json(await asyncio.wait_for(asyncio.wrap_future(worker.submit(work)), SECONDS))
         except UserError as error:
             return _problem(400, str(error))
         except TimeoutError:
@@ -110,5 +110,10 @@ def _complaint(error: ValidationError) -> str:
     return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}{value}" if name else "send an object"
 
 
-def _problem(status: int, words: str) -> JSONResponse:
-    return JSONResponse({"error": words}, status_code=status)
+def _problem(status: int, words: str) -> Response:
+    return _json({"error": words}, status)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    """In ASCII, so that any text is whole."""
+    return Response(json.dumps(value, allow_nan=False), status, media_type="application/json")

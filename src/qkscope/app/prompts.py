@@ -204,13 +204,16 @@ class Prompts:
         }
 
     def edit(self, asked: AskEdit) -> dict[str, Any]:
-        """The head's pattern, and the next token after a position with and without the edit of all layers at once."""
-        by_layer: dict[int, list[Part]] = {self._layer(asked.layer).dec.layer: []}
+        """The head's pattern under an edit of all layers at once (None without one), and the next token after a
+        position, before and after."""
+        one = self._traced(asked.prompt, asked.layer).of_head(asked.head)
+        position = one.position(asked.position, "position")
+        if not asked.ablate:
+            return {"head": asked.head, "pattern": None, "next": self._most_probable(asked.prompt, position)}
+        by_layer: dict[int, list[Part]] = {asked.layer: []}
         for named in asked.ablate:
             layer = asked.layer if named.layer is None else named.layer
             by_layer.setdefault(self._layer(layer).dec.layer, []).append(named.part())
-        one = self._traced(asked.prompt, asked.layer).of_head(asked.head)
-        position = one.position(asked.position, "position")
         with ExitStack() as stack:
             watched = {}
             for layer, parts in by_layer.items():

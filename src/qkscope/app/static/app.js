@@ -25,6 +25,12 @@ async function show() {
     signal,
     get: (path) => get(path, signal),
     post: (path, body) => post(path, body, signal),
+    /** Change the address of a view that shows what it says already; `step`: one that "back" goes back over. */
+    moved: (params, step = true) => {
+      history[step ? "pushState" : "replaceState"](null, "", link(found.view, params));
+      header(document.getElementById("top"), api.run, { ...found, params }, api);
+      document.body.dataset.shown = location.hash;
+    },
     live: false,
     run: null,
   };
