@@ -112,6 +112,8 @@ class Opened:
     names: FeatureNames
     rank_P: Tensor
     """int64: each pair's rank by importance, as pairs.parquet has it."""
+    predicts: bool
+    """Whether the model predicts tokens. Found when it is opened: no site can be asked while another is open."""
 
     def places(self, head: int, query_S: Tensor, key_S: Tensor) -> Tensor:
         """Where pairs of a head stand among the kept ones, int64 [S]."""
@@ -139,7 +141,7 @@ class Prompts:
             names = FeatureNames(dec.folder or Path())
             names.of("query", 0)  # reads its files now rather than at the first click
             rank_P = dec.importance_P.argsort(descending=True, stable=True).argsort()
-            found[dec.layer] = Opened(dec, site, names, rank_P)
+            found[dec.layer] = Opened(dec, site, names, rank_P, site.has_head)
         return found
 
     def examples(self) -> dict[str, Any]:
@@ -279,7 +281,7 @@ class Prompts:
         none."""
         tokens_BT = self._tokens(prompt)
         output = self._any.site._forward(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
-        if not self._any.site.has_head:
+        if not self._any.predicts:
             return None
         return output.logits[0, position].float().softmax(-1).cpu()
 
