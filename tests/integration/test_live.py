@@ -161,7 +161,7 @@ def test_an_edit_is_what_python_says(client: TestClient, embedded_run: Path, sca
         plain = site.model(input_ids=tokens).logits[0, 14].softmax(-1)
         with site.intervene(dec, scale=dict.fromkeys([*pairs, Feature("key", 1)], scale)) as watched:
             edited = site.model(input_ids=tokens).logits[0, 14].softmax(-1)
-    parts = [{"query": p.query, "key": p.key, "head": HEAD} for p in pairs]
+    parts: list[dict[str, Any]] = [{"query": p.query, "key": p.key, "head": HEAD} for p in pairs]
     parts.append({"side": "key", "feature": 1})
     found = ask(client, "edit", head=HEAD, position=14, ablate=parts, scale=scale)
     assert watched.pattern_BNQK is not None and watched.before_BNQK is not None
