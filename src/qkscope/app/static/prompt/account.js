@@ -54,7 +54,7 @@ export function account(found, { isOn, onSwitch, link, detail, whole, onWhole })
 }
 
 const pairs = (count) => `${count} pair${count === 1 ? "" : "s"}`;
-const number = (value) => h("output", null, signed(value));
+const number = (value) => h("span", { class: "number" }, signed(value));
 
 /** A bar to the right of the middle, or to the left where it is negative. */
 export function bar(value, most) {

@@ -9,7 +9,7 @@ export function nextTokens(rows) {
   const most = Math.max(...rows.flatMap((row) => [row.probability, row.edited ?? 0]), 1e-9);
   const cells = (p, kind) => [
     h("span", { class: `grown ${kind}`, style: { "--share": `${(100 * p) / most}%` }, "aria-hidden": "true" }),
-    h("output", null, percent(p)),
+    h("span", { class: "number" }, percent(p)),
   ];
   return h("table", { class: edited ? "next edited" : "next" },
     edited

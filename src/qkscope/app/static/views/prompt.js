@@ -94,7 +94,7 @@ class View {
     this.accounts = h("div", { class: "accounts" }, this.score, this.why);
     this.switched = h("article");
     this.next = h("article");
-    this.rest = h("div", { class: "rest", hidden: true },
+    this.traced = h("div", { class: "traced", hidden: true },
       h("div", { class: "where" }, this.layers, this.heads),
       this.legend, this.plots, this.tip, this.edge,
       h("div", { class: "tokens" }, this.strip,
@@ -106,7 +106,7 @@ class View {
       h("form", { class: "ask", onsubmit: (event) => { event.preventDefault(); this.#begin(this.field.value); } },
         this.field, h("div", { class: "below" }, h("button", { type: "submit", class: "primary" }, "Trace"),
           h("span", { class: "hint" }, "ready:"), this.ready)),
-      this.said, this.rest);
+      this.said, this.traced);
   }
 
   // Asking
@@ -118,7 +118,7 @@ class View {
   /** An answer, or null where it failed (which is said) or something newer of its kind was asked. */
   async #answer(kind, promise) {
     const turn = (this.turns[kind] = (this.turns[kind] ?? 0) + 1);
-    const late = setTimeout(() => this.rest.classList.add("waiting"), 200);
+    const late = setTimeout(() => this.traced.classList.add("waiting"), 200);
     try {
       const answer = await promise;
       return turn === this.turns[kind] && !this.api.signal.aborted ? answer : null;
@@ -129,7 +129,7 @@ class View {
       return null;
     } finally {
       clearTimeout(late);
-      this.rest.classList.remove("waiting");
+      this.traced.classList.remove("waiting");
     }
   }
 
@@ -197,7 +197,7 @@ class View {
     this.patterns.edited = null;
     if (!(this.query >= 0 && this.query < length)) this.query = length - 1;
     if (!(this.key >= 0 && this.key < length) || (answer.causal && this.key > this.query)) this.key = this.patterns.true.most(this.query);
-    this.rest.hidden = false;
+    this.traced.hidden = false;
     for (const button of this.layers.children) button.setAttribute("aria-pressed", String(button.textContent === `layer ${this.layer}`));
     this.#thumbnails();
     this.#draw();
