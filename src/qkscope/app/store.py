@@ -1,0 +1,460 @@
+"""What the page shows of a run, read from the artefact alone: plain values by name, nothing of the web.
+
+What is notable:
+- Columns of features and pairs are read once and stay in memory (about 30 bytes a pair); examples stay on disk but for
+  the row groups in use, so a run may be larger than memory.
+- Whatever a layer's folder lacks is None or empty; a damaged file is a `UserError`, an address that names nothing a
+  `Missing` with words that a reader may see.
+- Served and exported pages read the same records: the export's files hold several at a time (`feature_shard` ...).
+
+Shapes: F features of a side, P kept pairs (-1: a side's bias), N heads.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property, lru_cache
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from .. import __version__
+from ..decomposition import SIDES, read_run
+from ..errors import UserError
+from ..evaluate.stored import Layer, read
+from ..explain import heads as heads_room
+from ..explain.entries import NULLS, Entries, rewired
+from ..explain.names import FeatureNames
+from ..explain.opening import layer_folders
+from .tables import PAGE, KeyedRows, Table, plain
+
+PARTNERS, HEAD_PAIRS, LIKE, SHARED = 200, 100, 5, 10
+DRAWS = 20  # of each null, for what is alike by chance: a second for a few thousand pairs
+FEATURES_A_SHARD, PAIRS_A_SHARD, ROWS_A_CHUNK = 16, 64, 20_000
+FEATURE_NUMBERS = ("density", "importance", "pairs", "max_activation", "mean_activation", "by_position")
+
+
+class Missing(Exception):
+    """An address that names nothing; the message names no path."""
+
+
+class Run:
+    """A finished run's layers; `folder` is the run's, or one layer's in it."""
+
+    def __init__(self, folder: Path) -> None:
+        places = layer_folders(Path(folder))
+        self.folder = places[0].parent
+        self.config = read_run(self.folder)
+        self._layers = {int(p.name.removeprefix("layer_")): p for p in (place.resolve() for place in places)}
+        self._opened: dict[int, LayerStore] = {}
+        self._lock = RLock()
+
+    @property
+    def numbers(self) -> list[int]:
+        return list(self._layers)
+
+    def layer(self, number: int) -> LayerStore:
+        """A layer, opened when it is first asked for."""
+        if number not in self._layers:
+            raise Missing(f"This run has no layer {number}.")
+        with self._lock:
+            if number not in self._opened:
+                site = (self.config.get("sites") or {}).get(number) or {}
+                self._opened[number] = LayerStore(self._layers[number], number, site)
+            return self._opened[number]
+
+    @cached_property
+    def model(self) -> str:
+        """The model's name; of a folder its last part."""
+        return str(self.config["run"].get("model") or "the embedded model").rstrip("/").rsplit("/", 1)[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """What the page must know of the run before it shows anything."""
+        run = self.config["run"]
+        source = str((run.get("data") or {}).get("source") or "")
+        chosen = {
+            "recipe": (run.get("dictionary") or {}).get("recipe"),
+            "width": (run.get("dictionary") or {}).get("width"),
+            "k": (run.get("dictionary") or {}).get("k"),
+            "context": (run.get("data") or {}).get("context"),
+            "text": source.rstrip("/").rsplit("/", 1)[-1],
+            "training tokens": (run.get("training") or {}).get("tokens"),
+            "pairs by": (run.get("pairs") or {}).get("method"),
+            "seed": (run.get("training") or {}).get("seed"),
+            "qkscope": (self.config.get("versions") or {}).get("qkscope"),
+            "torch": (self.config.get("versions") or {}).get("torch"),
+        }
+        return {
+            "model": self.model,
+            "page": __version__,
+            "rows": PAGE,
+            "config": {name: value for name, value in chosen.items() if value not in (None, "")},
+            "together": read(self.folder / "together.json", _json),
+            "layers": [self.layer(number).summary() for number in self.numbers],
+        }
+
+
+class LayerStore:
+    """One layer's folder."""
+
+    def __init__(self, folder: Path, number: int, site: dict[str, Any]) -> None:
+        self.folder, self.number, self.site = folder, number, site
+        self._layer = Layer(folder, number)
+        self._names = FeatureNames(folder)
+        self._lock = RLock()
+        self.name = lru_cache(maxsize=None)(self._name)
+
+    # Whole files
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers of the layer, and what can be asked of it."""
+        return {
+            "layer": self.number,
+            "heads": self.heads,
+            "rotary": bool(self.site.get("rotary")),
+            "width": {side: len(self.features(side)) for side in SIDES},
+            "pairs": len(self.pairs),
+            "shards": {"features": FEATURES_A_SHARD, "pairs": self.pair_shards, "rows": ROWS_A_CHUNK},
+            "has": {
+                name: (self.folder / file).is_file()
+                for name, file in (
+                    ("report", "report.json"),
+                    ("examples", "examples.parquet"),
+                    ("pair_examples", "pair_examples.parquet"),
+                    ("patterns", "patterns.json"),
+                    ("truth", "truth.json"),
+                )
+            },
+        }
+
+    def report(self) -> dict[str, Any]:
+        """report.json, the model by its name and not by its place."""
+        found = dict(self._layer.report)
+        if "model" in found:
+            found["model"] = str(found["model"] or "").rstrip("/").rsplit("/", 1)[-1]
+        if isinstance(given := found.get("given"), dict) and "source" in given:
+            found["given"] = {**given, "source": str(given["source"]).rstrip("/").rsplit("/", 1)[-1]}
+        if not found:
+            raise Missing(f"Layer {self.number} has no report yet; qkscope evaluate writes it.")
+        return found
+
+    @cached_property
+    def heads(self) -> int:
+        """N."""
+        least = int(self.pairs.columns["head"].max(initial=-1)) + 1
+        return max(int(self.site.get("N") or 0), least)
+
+    # Features
+
+    def features(self, side: str) -> Table:
+        """A side's features as a table: numbers, `f1` of the label and the label or tokens it goes by."""
+        return self._features[side]
+
+    @cached_property
+    def _statistics(self) -> dict[str, pa.Table]:
+        table = read(self.folder / "features.parquet", pq.read_table)
+        if table is None:
+            raise UserError(f"{self.folder / 'features.parquet'} is missing; qkscope evaluate writes it")
+        sides = np.asarray(table["side"].to_pylist())
+        out = {}
+        for side in SIDES:
+            rows = np.flatnonzero(sides == side)
+            part = table.take(rows)
+            out[side] = part.take(np.argsort(part["feature"].to_numpy(), kind="stable"))
+        return out
+
+    @cached_property
+    def _features(self) -> dict[str, Table]:
+        found = {}
+        for side, table in self._statistics.items():
+            columns: dict[str, Any] = {"feature": table["feature"].to_numpy()}
+            for name in FEATURE_NUMBERS:
+                if name in table.column_names:
+                    columns[name] = table[name].to_numpy()
+            numbers = columns["feature"].tolist()
+            names = [self.name(side, feature) for feature in numbers]
+            known = [self._layer.known(side, feature) or {} for feature in numbers]
+            if any(known):
+                columns["f1"] = np.asarray([one.get("f1", np.nan) for one in known], dtype=np.float64)
+            columns["name"] = names
+            found[side] = Table(columns)
+        return found
+
+    def _name(self, side: str, feature: int) -> dict[str, Any]:
+        """What a feature goes by: the label it predicts, or the tokens it fires on most."""
+        if feature < 0:
+            return {"bias": True}
+        if label := self._names.label(side, feature):
+            return {"label": label}
+        tokens = self._names.tokens(side, feature)
+        return {"tokens": sorted(tokens, key=lambda token: -tokens[token])[:3]}
+
+    @cached_property
+    def _text(self) -> dict[str, list[str]]:
+        """What a search for features looks through."""
+        return {side: [_searched(name) for name in self.features(side).columns["name"]] for side in SIDES}
+
+    def with_text(self, side: str, text: str) -> np.ndarray:
+        """Which of a side's features have `text` in their label or tokens, or as their number, bool [F]."""
+        words = text.lower().replace("␣", " ").replace("·", " ")
+        found = np.asarray([words in searched for searched in self._text[side]], dtype=bool)
+        if words.strip().isdecimal():
+            found |= self.features(side).columns["feature"] == int(words.strip()[:9])
+        return found
+
+    def feature(self, side: str, feature: int) -> dict[str, Any]:
+        """All there is to show of one feature."""
+        place = self._place(side, feature)
+        row = self._statistics[side].slice(place, 1).to_pylist()[0]
+        known = self._layer.known(side, feature)
+        examples = [
+            {
+                "range": row.get("range", -1),
+                "activation": plain([row["activation"]])[0],
+                "document": row["document"],
+                "position": row["position"],
+                "center": row["center"],
+                "tokens": row["tokens"],
+                "activations": plain(np.asarray(row["activations"], dtype=np.float32)),
+            }
+            for row in (self._examples.of(SIDES.index(side) * self._key_width + feature) if self._examples else [])
+        ]
+        numbers = {name: plain([value])[0] for name, value in row.items() if isinstance(value, int | float)}
+        lists = {
+            name: plain(np.asarray(row[name])) if name != "top_tokens" else row[name]
+            for name in ("positions", "histogram", "top_tokens", "top_token_counts", "top_token_activations")
+            if row.get(name) is not None
+        }
+        return {
+            "side": side,
+            "feature": feature,
+            "name": self.name(side, feature),
+            "known": known and {key: known[key] for key in ("label", "precision", "recall", "f1") if key in known},
+            **numbers,
+            **lists,
+            "examples": examples,
+            "partners": self.partners(side, feature),
+        }
+
+    def _place(self, side: str, feature: int) -> int:
+        numbers = self.features(side).columns["feature"]
+        place = int(np.searchsorted(numbers, feature))
+        if place >= len(numbers) or numbers[place] != feature:
+            raise Missing(f"Layer {self.number} has no {side} feature {feature}.")
+        return place
+
+    @cached_property
+    def _key_width(self) -> int:
+        """More than any feature's number."""
+        return 1 + max((int(self.features(side).columns["feature"].max(initial=0)) for side in SIDES), default=0)
+
+    @cached_property
+    def _examples(self) -> KeyedRows | None:
+        def key(table: pa.Table) -> np.ndarray:
+            side = pc.equal(table["side"], SIDES[1]).to_numpy().astype(np.int64)
+            return side * self._key_width + table["feature"].to_numpy()
+
+        return self._keyed("examples.parquet", ("side", "feature"), key)
+
+    def partners(self, side: str, feature: int, most: int = PARTNERS) -> dict[str, Any]:
+        """A feature's most important pairs, by head, and how many there are."""
+        order, values = self._by_side[side]
+        low, high = np.searchsorted(values, [feature, feature + 1])
+        rows = np.sort(order[low:high])  # the table is by falling importance
+        return {"total": len(rows), **self._pair_rows(rows[:most])}
+
+    # Pairs
+
+    @cached_property
+    def pairs(self) -> Table:
+        """Kept pairs, the most important first, `rank` from 0."""
+        table = read(self.folder / "pairs.parquet", pq.read_table)
+        if table is None:
+            raise UserError(f"{self.folder / 'pairs.parquet'} is missing; the run has no pairs")
+        order = np.argsort(-table["importance"].to_numpy(), kind="stable")
+        names = {"query": "query_feature", "key": "key_feature"}
+        columns = {name: table[names.get(name, name)].to_numpy()[order] for name in
+                   ("query", "key", "head", "strength", "weight_strength", "importance")}  # fmt: skip
+        return Table({"rank": np.arange(len(order)), **columns})
+
+    @cached_property
+    def _by_side(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        out = {}
+        for side in SIDES:
+            order = np.argsort(self.pairs.columns[side], kind="stable")
+            out[side] = order, self.pairs.columns[side][order]
+        return out
+
+    def _pair_rows(self, rows: np.ndarray) -> dict[str, Any]:
+        """Rows of the pair table, with what their features go by."""
+        return self.named(self.pairs.take(rows))
+
+    def named(self, page: dict[str, Any]) -> dict[str, Any]:
+        """A page of the pair table, with what its features go by."""
+        for side in SIDES:
+            page["columns"][f"{side}_name"] = [self.name(side, feature) for feature in page["columns"][side]]
+        return page
+
+    def pair(self, query: int, key: int, head: int) -> dict[str, Any]:
+        """All there is to show of one pair, in the given head and in the others that have it."""
+        order, values = self._by_side["query"]
+        low, high = np.searchsorted(values, [query, query + 1])
+        rows = np.sort(order[low:high])
+        rows = rows[self.pairs.columns["key"][rows] == key]
+        heads = self.pairs.columns["head"][rows]
+        if head not in heads:
+            raise Missing(f"Layer {self.number} keeps no pair of query feature {query} and key feature {key} "
+                          f"in head {head}.")  # fmt: skip
+        examples = self._pair_examples.of(self._cell(query, key, head)) if self._pair_examples else []
+        for row in examples:
+            row["effect"], row["pattern"] = plain([row["effect"], row["pattern"]])
+            for name in ("query_feature", "key_feature", "head", "rank"):
+                row.pop(name, None)
+        return {
+            "query": query,
+            "key": key,
+            "head": head,
+            "names": {side: self.name(side, feature) for side, feature in zip(SIDES, (query, key), strict=True)},
+            "kept": len(self.pairs),
+            "heads": self.pairs.take(rows)["columns"],
+            "neighbours": self._neighbours(int(rows[heads == head][0])),
+            "linked": plain([self._layer.linked({"query_feature": query, "key_feature": key, "head": head})])[0],
+            "examples": examples,
+        }
+
+    def _neighbours(self, rank: int) -> dict[str, list[int] | None]:
+        """The pairs before and after one by importance, each as [query, key, head]."""
+        out: dict[str, list[int] | None] = {}
+        for name, other in (("before", rank - 1), ("after", rank + 1)):
+            inside = 0 <= other < len(self.pairs)
+            out[name] = [int(self.pairs.columns[c][other]) for c in ("query", "key", "head")] if inside else None
+        return out
+
+    def _cell(self, query: Any, key: Any, head: Any) -> Any:
+        width = self._key_width + 1
+        return (head * width + query + 1) * width + key + 1
+
+    @cached_property
+    def _pair_examples(self) -> KeyedRows | None:
+        names = ("query_feature", "key_feature", "head")
+
+        def key(table: pa.Table) -> np.ndarray:
+            return self._cell(*(table[name].to_numpy().astype(np.int64) for name in names))
+
+        return self._keyed("pair_examples.parquet", names, key)
+
+    def _keyed(self, name: str, columns: tuple[str, ...], key: Any) -> KeyedRows | None:
+        return read(self.folder / name, lambda path: KeyedRows(path, columns, key))
+
+    # Heads
+
+    def head(self, head: int) -> dict[str, Any]:
+        """One head: its pairs, the heads most like it and what it shares with them, its roles where they are known."""
+        if not 0 <= head < self.heads:
+            raise Missing(f"Layer {self.number} has no head {head}.")
+        rows = np.flatnonzero(self.pairs.columns["head"] == head)
+        figures = {
+            metric: {variant: f["per_head"][head] for variant, f in (self._layer.report.get(metric) or {}).items()
+                     if len(f.get("per_head") or []) > head}
+            for metric in ("pattern_kl", "top1")
+        }  # fmt: skip
+        roles = [one for one in self._layer.truth.get("heads", []) if one["head"] == head]
+        similar = self.similarity[head]
+        like = [n for n in np.argsort(-similar, kind="stable").tolist() if n != head and similar[n] > 0][:LIKE]
+        return {
+            "head": head,
+            "heads": self.heads,
+            **self.concentration[head],
+            **figures,
+            "roles": roles[0]["role_pairs"] if roles else [],
+            "strongest": {"total": len(rows), **self._pair_rows(rows[:HEAD_PAIRS])},
+            "similarity": plain(similar),
+            "like": [{"head": n, "similarity": plain([similar[n]])[0], **self._shared(head, n)} for n in like],
+        }
+
+    def _shared(self, one: int, other: int) -> dict[str, Any]:
+        """The pairs of two features that two heads both have, by the product of their importances."""
+        columns, (first, second) = self.pairs.columns, self._by_head[[one, other]]
+        _, a, b = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)
+        here, there = first[1][a], second[1][b]
+        worth = columns["importance"][here].astype(np.float64) * columns["importance"][there]
+        chosen = np.argsort(-worth, kind="stable")[:SHARED]
+        shared = self._pair_rows(here[chosen])
+        shared["columns"]["importance_there"] = plain(columns["importance"][there[chosen]])
+        return {"shared": len(here), **shared}
+
+    @cached_property
+    def _by_head(self) -> np.ndarray:
+        """For each head, (query, key) of its pairs without a bias as one number, and their rows."""
+        columns = self.pairs.columns
+        cell = self._cell(columns["query"].astype(np.int64), columns["key"].astype(np.int64), 0)
+        two = (columns["query"] >= 0) & (columns["key"] >= 0)
+        out = np.empty(self.heads, dtype=object)
+        for n in range(self.heads):
+            rows = np.flatnonzero(two & (columns["head"] == n))
+            out[n] = cell[rows], rows
+        return out
+
+    def _entries(self, bias: bool) -> Entries:
+        columns, width = self.pairs.columns, self._key_width
+        kept = np.ones(len(self.pairs), dtype=bool) if bias else (columns["query"] >= 0) & (columns["key"] >= 0)
+        query, key, head = (torch.from_numpy(columns[n][kept].astype(np.int64)) for n in ("query", "key", "head"))
+        worth = torch.from_numpy(columns["importance"][kept].astype(np.float64))
+        last = torch.tensor(width)
+        query, key = query.where(query >= 0, last), key.where(key >= 0, last)
+        return Entries(query[None], key[None], head, worth[None], width, width, self.heads)
+
+    @cached_property
+    def similarity(self) -> np.ndarray:
+        """Cosine of the heads' importances over pairs of two features, float64 [N, N]."""
+        return heads_room.similarity(self._entries(False))[0].numpy()
+
+    @cached_property
+    def concentration(self) -> list[dict[str, Any]]:
+        """What each head's importance rests on, the biases' pairs included."""
+        return heads_room.concentration(self._entries(True))
+
+    def likeness(self) -> dict[str, Any]:
+        """The similarity of all heads, each one's likest and the clusters, beside chance; takes seconds, once."""
+        with self._lock:
+            return self._likeness
+
+    @cached_property
+    def _likeness(self) -> dict[str, Any]:
+        entries = self._entries(False)
+        nulls = {null: rewired(entries, null, DRAWS) for null in NULLS}
+        found = heads_room.likeness(entries, nulls)
+        return {"draws": DRAWS, **{name: found[name] for name in ("similarity", "heads", "cut", "clusters")}}
+
+    def pattern(self, head: int) -> dict[str, Any]:
+        """One head's patterns on the stored text."""
+        found = self._layer.patterns
+        one = next((one for one in found.get("heads", []) if one["head"] == head), None)
+        if one is None:
+            raise Missing(f"Layer {self.number} stores no pattern of head {head}.")
+        return {"tokens": found["tokens"], **one}
+
+    # Shards of the export
+
+    @cached_property
+    def pair_shards(self) -> int:
+        return max(-(-len(self.pairs) // PAIRS_A_SHARD), 1)
+
+    def pair_shard_of(self, query: Any, key: Any, head: Any) -> Any:
+        """The shard that holds a pair; static/data.js has the same sum."""
+        return ((query + 1) * 7919 + (key + 1) * 31 + head) % self.pair_shards
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _searched(name: dict[str, Any]) -> str:
+    """What a search looks through: the label, or the tokens."""
+    return "\n".join([name["label"]] if "label" in name else name.get("tokens", [])).lower()
