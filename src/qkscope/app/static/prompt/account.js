@@ -3,8 +3,6 @@
 import { h } from "../dom.js";
 
 const FIRST = 12; // terms that are shown at once
-
-export const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 const REST = {
   dropped: "pairs that were not kept",
   error: "what the transcoders miss of the model",
@@ -13,11 +11,11 @@ const REST = {
 };
 
 /**
- * Rows of an account. `isOn(term)` and `onSwitch(term, on)` are of a term's pair, `link(term)` is its address, `detail(term)`
- * says of which numbers it is made.
+ * An account's sum and rows. `isOn(term)` and `onSwitch(term, on)` are of a term's pair, `link(term)` is its address,
+ * `detail(term)` says of which numbers it is made; `name` tells one account from another.
  */
-export function account(found, { isOn, onSwitch, link, detail, whole, onWhole }) {
-  const rest = Object.entries(found.rest).map(([name, value]) => ({ name, value }));
+export function account(found, { name, isOn, onSwitch, link, detail, whole, onWhole }) {
+  const rest = Object.entries(found.rest).map(([what, value]) => ({ what, value }));
   const shown = whole ? found.terms : found.terms.slice(0, FIRST);
   const hidden = found.terms.slice(shown.length);
   const smaller = {
@@ -25,39 +23,65 @@ export function account(found, { isOn, onSwitch, link, detail, whole, onWhole })
     value: hidden.reduce((sum, term) => sum + term.value, found.smaller.value),
   };
   const most = Math.max(...[...found.terms, ...rest, smaller].map((row) => Math.abs(row.value)), 1e-9);
+  const row = (kind, first, value, words, numbers) =>
+    h(
+      "li",
+      { class: `term ${kind}` },
+      [first, number(value), bar(value, most), h("span", { class: "name" }, words), numbers],
+    );
+
+  function ofPair(term) {
+    const words = `${term.query_name} → ${term.key_name}`;
+    const onOff = h("input", {
+      type: "checkbox",
+      role: "switch",
+      checked: isOn(term),
+      "aria-label": `pair ${words} on`,
+      title: "off: ablate this pair in the model",
+      "data-term": `${name}.${term.query}.${term.key}`,
+      onchange: (event) => onSwitch(term, event.target.checked),
+    });
+    const named = h("a", { href: link(term) }, h("bdi", null, term.query_name), " → ", h("bdi", null, term.key_name));
+    return row(isOn(term) ? "pair" : "pair off", onOff, term.value, named, h("small", null, detail(term)));
+  }
+
+  const more = h("button", { type: "button", class: "quiet", onclick: onWhole }, `show ${hidden.length}`);
+  const sum = [
+    ` = ${signed(found.pairs)} from ${found.count} pair${found.count === 1 ? "" : "s"}`,
+    rest.map(({ what, value }) => ` ${signed(value)} ${what}`),
+  ];
   return [
-    h("p", { class: "sum" }, h("b", null, signed(found.total)), ` = ${signed(found.pairs)} from ${pairs(found.count)}`,
-      rest.map(({ name, value }) => ` ${signed(value)} ${name}`)),
-    h("ol", { class: "terms" },
-      shown.map((term) => {
-        const words = `${term.query_name} → ${term.key_name}`;
-        return h("li", { class: isOn(term) ? "term" : "term off" },
-          h("input", {
-            type: "checkbox", role: "switch", checked: isOn(term), "aria-label": `pair ${words} on`,
-            title: "off: ablate this pair in the model", onchange: (event) => onSwitch(term, event.target.checked),
-          }),
-          number(term.value), bar(term.value, most),
-          h("span", { class: "name" },
-            h("a", { href: link(term) }, h("bdi", null, term.query_name), " → ", h("bdi", null, term.key_name))),
-          h("small", null, detail(term)));
-      }),
+    h("p", { class: "sum" }, h("b", null, signed(found.total)), sum),
+    h(
+      "ol",
+      { class: "terms" },
+      shown.map(ofPair),
       smaller.count
-        ? h("li", { class: "term sum" }, h("i"), number(smaller.value), bar(smaller.value, most),
-            h("span", { class: "name" }, `${smaller.count} smaller ones `,
-              hidden.length ? h("button", { type: "button", class: "quiet", onclick: onWhole }, `show ${hidden.length}`) : null))
+        ? row("smaller", h("i"), smaller.value, [`${smaller.count} smaller ones `, hidden.length ? more : null])
         : null,
-      rest.map(({ name, value }) =>
-        h("li", { class: "term rest" }, h("i"), number(value), bar(value, most),
-          h("span", { class: "name" }, h("b", null, name), h("span", { class: "hint" }, `  ${REST[name] ?? ""}`)))),
+      rest.map(({ what, value }) =>
+        row("rest", h("i"), value, [h("b", null, what), h("span", { class: "hint" }, ` ${REST[what] ?? ""}`)]),
+      ),
     ),
   ];
 }
 
-const pairs = (count) => `${count} pair${count === 1 ? "" : "s"}`;
-const number = (value) => h("span", { class: "number" }, signed(value));
+/** A number with its sign. */
+export function signed(value, digits = 2) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+}
+
+/** The digits of a number that count. */
+export function short(value, digits = 3) {
+  return Number(value.toPrecision(digits)).toString().replace("-", "−");
+}
+
+function number(value) {
+  return h("span", { class: "number" }, signed(value));
+}
 
 /** A bar to the right of the middle, or to the left where it is negative. */
-export function bar(value, most) {
+function bar(value, most) {
   const share = `${(50 * Math.abs(value)) / most}%`;
   return h("span", { class: value < 0 ? "bar less" : "bar", style: { "--share": share }, "aria-hidden": "true" });
 }

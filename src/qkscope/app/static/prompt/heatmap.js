@@ -15,10 +15,14 @@ export class HeatMap {
   constructor(title, note, { onHover, onPick }) {
     this.cells = h("canvas", { "aria-hidden": "true" });
     this.above = h("canvas", { class: "above", role: "img", "aria-label": title });
+    const enlarge = h("button", {
+      type: "button", class: "quiet", title: "larger or smaller", "aria-label": `${title}: larger or smaller`,
+      onclick: () => this.node.classList.toggle("large"), // what observes its size draws it anew
+    }, "⤢");
     this.node = h(
       "figure",
       { class: "map" },
-      h("figcaption", null, h("b", null, title), " ", h("span", { class: "note" }, note)),
+      h("figcaption", null, h("b", null, title), " ", h("span", { class: "note" }, note), enlarge),
       h("div", { class: "plot" }, this.cells, this.above),
     );
     this.onHover = onHover;
@@ -102,7 +106,7 @@ export class HeatMap {
       written(context, String(n), this.margin - 4, Math.max(middle, 5), 0);
       context.textAlign = "center";
       context.textBaseline = "top";
-      context.fillText(String(n), this.margin + Math.max(middle, 4), side + 4);
+      context.fillText(String(n), this.margin + Math.min(Math.max(middle, 4), side - 9), side + 4);
     }
   }
 
@@ -172,4 +176,16 @@ export function thumbnail(canvas, cells, size, share) {
     data.data.set([...share(byte / 255), 255], 4 * n);
   });
   context.putImageData(data, 0, 0);
+}
+
+/** What the colours mean. */
+export function legend() {
+  const ramp = (kind) => h("i", { class: `ramp ${kind}` });
+  const [share, difference] = [ramp("share"), ramp("difference")];
+  return h(
+    "div",
+    { class: "legend", "aria-hidden": "true" },
+    h("span", null, "0 ", share, " 1 attention (√)"),
+    h("span", null, "−1 ", difference, " +1 difference (√)"),
+  );
 }

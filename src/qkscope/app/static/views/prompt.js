@@ -7,23 +7,28 @@
 
 import { fill, h } from "../dom.js";
 import { Problem } from "../net.js";
-import { account, signed } from "../prompt/account.js";
+import { account, short, signed } from "../prompt/account.js";
+import { pairsOf, same, textOf, whole } from "../prompt/address.js";
 import { onTheme, ramps } from "../prompt/colour.js";
-import { HeatMap, thumbnail } from "../prompt/heatmap.js";
-import { nextTokens } from "../prompt/next.js";
+import { nextTokens, switchedOff } from "../prompt/effects.js";
+import { thumbnail } from "../prompt/heatmap.js";
+import { layout } from "../prompt/layout.js";
 import { bytes, Pattern } from "../prompt/pattern.js";
-import { quoted, token } from "../tokens.js";
+import { token } from "../tokens.js";
+
+const SLOW = 200; // milliseconds after which what is shown fades until the answer is there
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }; // query, key
 
 let known = null; // layers and ready prompts of this run
 let last = { asked: null, answer: null }; // the last trace, so that going back shows at once
 
 export async function render(root, params, api) {
-  if (!api.live) {
-    fill(root, h("h1", null, "Prompt"),
-      h("p", { class: "state" }, "Live tracing needs the model, so not these files but a server: ", h("code", null, "qkscope serve DIR")));
+  if (api.live) {
+    new View(root, params, api).start();
     return;
   }
-  new View(root, params, api).start();
+  const how = ["Live tracing needs the model, and so a server: ", h("code", null, "qkscope serve DIR")];
+  fill(root, h("h1", null, "Prompt"), h("p", { class: "state" }, how));
 }
 
 class View {
@@ -31,94 +36,60 @@ class View {
     this.api = api;
     this.layer = params.layer;
     this.prompt = params.prompt ?? null;
-    [this.head, this.query, this.key] = [params.head, params.query, params.key].map(number);
-    this.off = parsed(params.off);
+    [this.head, this.query, this.key] = [params.head, params.query, params.key].map(whole);
+    this.off = pairsOf(params.off);
     this.names = new Map(); // of features, as accounts bring them
     this.turns = {}; // of each kind of request, so that a late answer is not shown
     this.picks = "key"; // what a click on a token chooses
-    this.#build(root);
+    Object.assign(
+      this,
+      layout(root, {
+        onPrompt: (text) => this.#begin(text),
+        onHover: (i, j, event) => this.#point(i, j, event),
+        onPick: (i, j) => this.#pick(i, j),
+        onKey: (event) => this.#keyed(event),
+        onPicks: (name) => (this.picks = name),
+      }),
+    );
+    this.maps.edited.node.hidden = true;
+    this.field.value = this.prompt ?? "";
   }
 
   async start() {
     onTheme(() => this.#colours(), this.api.signal);
-    if (this.prompt !== null && last.asked === this.#asked()) this.#show(last.answer, false);
+    if (this.prompt !== null && last.asked === this.#asked()) this.#show(last.answer);
     else this.#say("Opening the model …");
     known ??= await this.#answer("examples", this.api.get("api/prompt/examples"));
     if (!known) return;
-    fill(this.ready, known.prompts.map(({ name, prompt }) =>
-      h("button", { type: "button", class: "chip", title: prompt, onclick: () => this.#begin(prompt) }, name)));
-    fill(this.layers, known.layers.map(({ layer }) =>
-      h("button", { type: "button", "aria-pressed": String(layer === this.layer), onclick: () => this.#toLayer(layer) }, `layer ${layer}`)));
+    const begin = (prompt) => () => this.#begin(prompt);
+    fill(
+      this.ready,
+      known.prompts.map(({ name, prompt }) =>
+        h("button", { type: "button", class: "chip", title: prompt, onclick: begin(prompt) }, name),
+      ),
+    );
+    fill(
+      this.layers,
+      known.layers.map(({ layer }) =>
+        h("button", { type: "button", "data-layer": layer, onclick: () => this.#go(layer) }, `layer ${layer}`),
+      ),
+    );
     this.prompt ??= known.prompts[0]?.prompt ?? "";
     this.field.value = this.prompt;
     this.head ??= this.#foremost();
-    if (this.trace) this.#edge(false);
-    else if (this.prompt) await this.#run("replace");
+    if (this.trace) {
+      this.#pressed();
+      await this.#account();
+    } else if (this.prompt) await this.#run(false);
     else this.#say("Type a text, or choose one that is ready.");
-  }
-
-  #build(root) {
-    this.field = h("textarea", {
-      rows: 2, "aria-label": "Prompt", placeholder: "Type a text; Enter traces it", spellcheck: "false", dir: "auto", maxlength: 20000,
-      onkeydown: (event) => {
-        if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-        event.preventDefault();
-        this.#begin(this.field.value);
-      },
-    });
-    this.field.value = this.prompt ?? "";
-    this.ready = h("span", { class: "ready" });
-    this.said = h("p", { class: "said", role: "status" });
-    this.layers = h("div", { class: "choices", role: "group", "aria-label": "Layer" });
-    this.heads = h("div", { class: "heads", role: "group", "aria-label": "Head" });
-    const on = { onHover: (i, j, event) => this.#point(i, j, event), onPick: (i, j) => this.#pick(i, j) };
-    this.maps = {
-      true: new HeatMap("Model", "the head's pattern", on),
-      pruned: new HeatMap("Pruned map", "from the kept pairs", on),
-      difference: new HeatMap("Difference", "model − pruned map", on),
-      edited: new HeatMap("Pairs off", "the model without them", on),
-    };
-    this.maps.edited.node.hidden = true;
-    this.tip = h("div", { class: "tip", hidden: true });
-    this.legend = h("div", { class: "legend", "aria-hidden": "true" }, legend());
-    this.plots = h("div", {
-      class: "maps", tabindex: "0", role: "application", onkeydown: (event) => this.#keys(event),
-      "aria-label": "Attention. Arrows move the edge, Enter traces it.",
-    }, Object.values(this.maps).map((map) => map.node));
-    this.edge = h("p", { class: "edge", "aria-live": "polite" });
-    this.strip = h("div", { class: "strip", dir: "auto" });
-    const chosen = (picks, words) => h("label", null,
-      h("input", { type: "radio", name: "picks", checked: picks === this.picks, onchange: () => (this.picks = picks) }), ` ${words}`);
-    this.score = h("article");
-    this.why = h("article");
-    this.accounts = h("div", { class: "accounts" }, this.score, this.why);
-    this.switched = h("article");
-    this.next = h("article");
-    this.traced = h("div", { class: "traced", hidden: true },
-      h("div", { class: "where" }, this.layers, this.heads),
-      this.legend, this.plots, this.tip, this.edge,
-      h("div", { class: "tokens" }, this.strip,
-        h("p", { class: "hint" }, "Shaded by the chosen query’s attention. A click on a token chooses the ",
-          chosen("key", "key"), chosen("query", "query"))),
-      h("div", { class: "edges" }, this.accounts, h("div", { class: "effects" }, this.switched, this.next)));
-    fill(root,
-      h("h1", null, "Prompt"),
-      h("form", { class: "ask", onsubmit: (event) => { event.preventDefault(); this.#begin(this.field.value); } },
-        this.field, h("div", { class: "below" }, h("button", { type: "submit", class: "primary" }, "Trace"),
-          h("span", { class: "hint" }, "ready:"), this.ready)),
-      this.said, this.traced);
   }
 
   // Asking
 
-  #asked() {
-    return JSON.stringify([this.prompt, this.layer, this.head]);
-  }
-
   /** An answer, or null where it failed (which is said) or something newer of its kind was asked. */
   async #answer(kind, promise) {
     const turn = (this.turns[kind] = (this.turns[kind] ?? 0) + 1);
-    const late = setTimeout(() => this.traced.classList.add("waiting"), 200);
+    const late = setTimeout(() => this.traced.classList.add("waiting"), SLOW);
     try {
       const answer = await promise;
       return turn === this.turns[kind] && !this.api.signal.aborted ? answer : null;
@@ -135,73 +106,76 @@ class View {
 
   #say(words, wrong = false) {
     this.said.classList.toggle("wrong", wrong);
-    fill(this.said, words);
     this.said.hidden = !words;
+    fill(this.said, words);
   }
 
-  /** Write what is chosen into the address; "push" makes a step that "back" goes back over. */
-  #address(how) {
+  #asked() {
+    return JSON.stringify([this.prompt, this.layer, this.head]);
+  }
+
+  /** Write what is chosen into the address; a `step` is one that "back" goes back over. */
+  #address(step = true) {
     const { prompt, layer, head, query, key } = this;
-    const params = { layer, prompt, head, query, key, off: this.off.map((p) => [p.layer, p.query, p.key, p.head].join(".")).join("_") };
-    this.api.moved(params, how === "push");
+    this.api.moved({ layer, prompt, head, query, key, off: textOf(this.off) }, step);
   }
 
+  /** Another prompt. */
   #begin(prompt) {
     this.field.value = prompt;
-    this.prompt = prompt;
-    this.query = this.key = undefined;
-    this.off = [];
-    this.#run("push");
-  }
-
-  #toLayer(layer) {
-    this.layer = layer;
-    this.head = this.#foremost();
-    this.key = undefined;
-    this.#run("push");
-  }
-
-  #toHead(head) {
-    this.head = head;
-    this.key = undefined;
-    this.#run("push");
-  }
-
-  /** The head whose pairs matter most. */
-  #foremost() {
-    const { importance } = known.layers.find(({ layer }) => layer === this.layer) ?? known.layers[0];
-    return importance.indexOf(Math.max(...importance));
-  }
-
-  async #run(how) {
-    if (!this.prompt.trim()) {
+    if (!prompt.trim()) {
       this.#say("Type a text first, at least two tokens.", true);
       return;
     }
+    Object.assign(this, { prompt, query: undefined, key: undefined, off: [] });
+    this.#run();
+  }
+
+  /** Another layer, or another head of it. */
+  #go(layer, head) {
+    this.layer = layer;
+    this.head = head ?? this.#foremost();
+    this.key = undefined;
+    this.#run();
+  }
+
+  /** The head of the layer whose pairs matter most. */
+  #foremost() {
+    const { importance } = known.layers.find(({ layer }) => layer === this.layer);
+    return importance.indexOf(Math.max(...importance));
+  }
+
+  async #run(step = true) {
     const { prompt, layer, head } = this;
     const answer = await this.#answer("trace", this.api.post("api/prompt/trace", { prompt, layer, head }));
     if (!answer) return;
     last = { asked: this.#asked(), answer };
-    this.#show(answer, true);
-    this.#address(how);
-    await this.#edge(false);
+    this.#show(answer);
+    this.#address(step);
+    await this.#account();
   }
 
-  // Showing
+  // Showing a trace
 
   #show(answer) {
     this.#say("");
     this.trace = answer;
-    const length = answer.tokens.length;
-    this.patterns = Object.fromEntries(Object.entries(answer.pattern).map(([kind, packed]) => [kind, new Pattern(packed, length, answer.causal)]));
-    this.patterns.edited = null;
-    if (!(this.query >= 0 && this.query < length)) this.query = length - 1;
-    if (!(this.key >= 0 && this.key < length) || (answer.causal && this.key > this.query)) this.key = this.patterns.true.most(this.query);
+    const { tokens, causal, pattern } = answer;
+    const n = tokens.length;
+    const unpacked = Object.entries(pattern).map(([kind, packed]) => [kind, new Pattern(packed, n, causal)]);
+    this.patterns = { ...Object.fromEntries(unpacked), edited: null };
+    if (!(this.query < n)) this.query = n - 1;
+    if (!(this.key < n) || (causal && this.key > this.query)) this.key = this.patterns.true.most(this.query);
     this.traced.hidden = false;
-    for (const button of this.layers.children) button.setAttribute("aria-pressed", String(button.textContent === `layer ${this.layer}`));
+    this.#pressed();
     this.#thumbnails();
     this.#draw();
     this.#chosen();
+  }
+
+  #pressed() {
+    for (const button of this.layers.children)
+      button.setAttribute("aria-pressed", String(Number(button.dataset.layer) === this.layer));
   }
 
   #colours() {
@@ -212,14 +186,22 @@ class View {
   }
 
   #thumbnails() {
-    fill(this.heads, this.trace.heads.map(({ head, kl, size, thumbnail: packed }) => {
-      const canvas = h("canvas", { "aria-hidden": "true" });
-      thumbnail(canvas, bytes(packed), size, this.ramps.share);
-      return h("button", {
-        type: "button", class: "head", "aria-pressed": String(head === this.head), onclick: () => this.#toHead(head),
-        title: `head ${head}: pattern KL of the pruned map on this prompt ${kl.toFixed(3)} nats a query`,
-      }, canvas, h("b", null, `${head}`), h("small", null, ` KL ${kl.toFixed(2)}`));
-    }));
+    const focused = this.heads.contains(document.activeElement);
+    fill(this.heads, this.trace.heads.map((one) => this.#thumbnail(one)));
+    if (focused) this.heads.querySelector("[aria-pressed=true]")?.focus();
+  }
+
+  #thumbnail({ head, kl, size, thumbnail: packed }) {
+    const canvas = h("canvas", { "aria-hidden": "true" });
+    thumbnail(canvas, bytes(packed), size, this.ramps.share);
+    const attributes = {
+      type: "button",
+      class: "head",
+      "aria-pressed": String(head === this.head),
+      title: `head ${head}: the pruned map’s pattern KL on this prompt is ${kl.toFixed(3)} nats a query`,
+      onclick: () => this.#go(this.layer, head),
+    };
+    return h("button", attributes, canvas, h("b", null, head), h("small", null, `KL ${kl.toFixed(2)}`));
   }
 
   #draw() {
@@ -227,45 +209,53 @@ class View {
     const { share, difference } = this.ramps;
     const { true: model, pruned, edited } = this.patterns;
     const shares = (pattern) => ({ tokens, causal, colour: share, value: (i, j) => pattern.at(i, j) });
+    const apart = (i, j) => model.at(i, j) - pruned.at(i, j);
     this.maps.true.set(shares(model));
     this.maps.pruned.set(shares(pruned));
-    this.maps.difference.set({ tokens, causal, colour: difference, value: (i, j) => model.at(i, j) - pruned.at(i, j) });
+    this.maps.difference.set({ tokens, causal, colour: difference, value: apart });
     this.maps.edited.node.hidden = !edited;
     if (edited) this.maps.edited.set(shares(edited));
   }
 
-  /** Show which edge is chosen. */
-  #chosen() {
-    const { tokens } = this.trace;
-    const { query: i, key: j, patterns } = this;
-    this.#mark();
-    fill(this.edge, h("b", null, `${this.layer}.${this.head}`), " query ", i, token(tokens[i]), " → key ", j, token(tokens[j]),
-      h("span", { class: "values" }, this.#values(i, j)));
-    const sink = patterns.true.sink ? patterns.true.at(i, tokens.length) : null;
-    fill(this.strip, tokens.map((text, n) => {
-      const p = patterns.true.at(i, n);
-      const kind = [n === i ? "query" : "", n === j ? "key" : "", this.trace.special.includes(n) ? "special" : ""].filter(Boolean).join(" ");
-      return [token(text, {
-        class: kind, style: { "--shade": Math.sqrt(p).toFixed(3) }, title: `${n}: ${p.toFixed(3)}`,
-        onclick: () => (this.picks === "query" ? this.#pick(n, this.#seen(n, j)) : this.#pick(this.#seen(n, i, true), n)),
-      }), text.includes("\n") ? h("br") : h("wbr")];
-    }), sink === null ? null : h("span", { class: "hint" }, ` sink ${sink.toFixed(3)}`));
+  // The edge
+
+  #at(n) {
+    return n === this.trace.tokens.length ? "the sink" : [`${n} `, token(this.trace.tokens[n])];
   }
 
-  /** The key (or, `asQuery`, the query) nearest to `other` that goes with position n. */
-  #seen(n, other, asQuery = false) {
-    if (!this.trace.causal) return other;
-    return asQuery ? Math.max(n, other) : Math.min(n, other);
+  /** Show which edge is chosen, and the query's attention. */
+  #chosen() {
+    const { tokens, special } = this.trace;
+    const { query: i, key: j } = this;
+    const model = this.patterns.true;
+    this.#mark();
+    const name = h("b", null, `${this.layer}.${this.head}`);
+    const values = h("span", { class: "values" }, this.#values(i, j));
+    fill(this.edge, name, " query ", this.#at(i), " → key ", this.#at(j), values);
+    const shaded = (text, n) => {
+      const marks = { query: n === i, key: n === j, special: special.includes(n) };
+      return token(text, {
+        class: Object.keys(marks).filter((mark) => marks[mark]).join(" "),
+        style: { "--shade": Math.sqrt(model.at(i, n)).toFixed(3) },
+        title: `${n}: ${model.at(i, n).toFixed(3)}`,
+        onclick: () => this.#pickToken(n),
+      });
+    };
+    const sink = model.sink && h("span", { class: "hint" }, ` sink ${model.at(i, tokens.length).toFixed(3)}`);
+    const end = (text) => h(text.includes("\n") ? "br" : "wbr");
+    fill(this.strip, tokens.map((text, n) => [shaded(text, n), end(text)]), sink);
   }
 
   #values(i, j) {
     const { true: model, pruned, reconstructed, edited } = this.patterns;
-    const difference = model.at(i, j) - pruned.at(i, j);
-    return [
-      ["model", model.at(i, j).toFixed(3)], ["transcoders", reconstructed.at(i, j).toFixed(3)],
-      ["pruned map", pruned.at(i, j).toFixed(3)], ["difference", signed(difference, 3)],
-      ...(edited ? [["pairs off", edited.at(i, j).toFixed(3)]] : []),
-    ].map(([name, value]) => [" ", h("span", null, `${name} `, h("b", null, value))]);
+    const shown = {
+      model: model.at(i, j).toFixed(3),
+      transcoders: reconstructed.at(i, j).toFixed(3),
+      "pruned map": pruned.at(i, j).toFixed(3),
+      difference: signed(model.at(i, j) - pruned.at(i, j), 3),
+      ...(edited && { "pairs off": edited.at(i, j).toFixed(3) }),
+    };
+    return Object.entries(shown).map(([name, value]) => [" ", h("span", null, `${name} `, h("b", null, value))]);
   }
 
   #mark(pointed = null) {
@@ -276,8 +266,7 @@ class View {
     this.tip.hidden = j === null;
     this.#mark(j === null ? null : { i, j });
     if (j === null) return;
-    const { tokens } = this.trace;
-    fill(this.tip, h("div", null, i, " ", token(tokens[i]), " → ", j, " ", token(tokens[j])), h("div", null, this.#values(i, j)));
+    fill(this.tip, h("div", null, this.#at(i), " → ", this.#at(j)), h("div", null, this.#values(i, j)));
     const room = document.documentElement.clientWidth - this.tip.offsetWidth - 8;
     this.tip.style.setProperty("left", `${Math.max(8, Math.min(event.clientX + 14, room))}px`);
     this.tip.style.setProperty("top", `${event.clientY + 18}px`);
@@ -286,67 +275,83 @@ class View {
   #pick(i, j) {
     Object.assign(this, { query: i, key: j });
     this.#chosen();
-    this.#edge(true);
+    this.#address();
+    this.#account();
   }
 
-  #keys(event) {
-    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    const step = steps[event.key];
-    if (event.key === "Enter") this.#edge(true);
-    else if (step) {
-      const most = this.trace.tokens.length - 1;
-      this.query = Math.min(Math.max(this.query + step[0], 0), most);
-      this.key = Math.min(Math.max(this.key + step[1], 0), this.trace.causal ? this.query : most);
-      this.#chosen();
-      this.accounts.classList.add("stale");
-    } else return;
+  /** Choose a token of the strip as the key or the query; where that hides the other, the other follows. */
+  #pickToken(n) {
+    const { causal } = this.trace;
+    if (this.picks === "query") this.#pick(n, causal ? Math.min(n, this.key) : this.key);
+    else this.#pick(causal ? Math.max(n, this.query) : this.query, n);
+  }
+
+  #keyed(event) {
+    const step = STEPS[event.key];
+    if (event.target !== event.currentTarget || !(step || event.key === "Enter")) return;
     event.preventDefault();
+    if (!step) {
+      this.#pick(this.query, this.key);
+      return;
+    }
+    const end = this.trace.tokens.length - 1;
+    this.query = Math.min(Math.max(this.query + step[0], 0), end);
+    this.key = Math.min(Math.max(this.key + step[1], 0), this.trace.causal ? this.query : end);
+    this.#chosen();
+    this.accounts.classList.add("stale");
   }
 
-  // One edge
-
-  async #edge(step) {
+  async #account() {
     const { prompt, layer, head, query, key } = this;
-    if (step) this.#address("push");
     const answer = await this.#answer("edge", this.api.post("api/prompt/edge", { prompt, layer, head, query, key }));
     if (!answer) return;
     this.#say("");
-    this.whole = { score: false, why: false };
     this.found = answer;
-    for (const account of [answer.score, answer.why])
-      for (const term of account?.terms ?? [])
-        for (const side of ["query", "key"]) this.names.set(`${layer}.${side}.${term[side]}`, term[`${side}_name`]);
+    this.unfolded = {};
+    for (const term of [...answer.score.terms, ...(answer.why?.terms ?? [])])
+      for (const side of ["query", "key"]) this.names.set(`${layer}.${side}.${term[side]}`, term[`${side}_name`]);
     this.#accounts();
     await this.#edit();
   }
 
   #accounts() {
-    const { tokens } = this.trace;
     const { score, why, query, key } = this.found;
-    const at = (n) => (n === tokens.length ? "the sink" : [`${n} `, token(tokens[n])]);
-    this.accounts.classList.remove("stale");
+    const focused = document.activeElement?.dataset.term;
+    const hint = (...words) => h("p", { class: "hint" }, words);
+    const ranked = (term) => `rank ${term.rank + 1}, ${short(term.importance, 2)} nats`;
+    const product = (term) =>
+      `${short(term.query_activation)} × ${short(term.strength)} × ${short(term.key_activation)}`;
+    const parts = (term) => `here ${signed(term.here)}, there ${signed(term.here - term.value)}`;
     const options = (name, detail) => ({
+      name,
+      detail: (term) => `${ranked(term)} · ${detail(term)}`,
       isOn: (term) => !this.off.some((pair) => same(pair, this.#pair(term))),
       onSwitch: (term, on) => this.#switch(this.#pair(term), on),
       link: (term) => this.api.link("pair", this.#pair(term)),
-      detail, whole: this.whole[name],
-      onWhole: () => { this.whole[name] = true; this.#accounts(); },
+      whole: this.unfolded[name],
+      onWhole: () => {
+        this.unfolded[name] = true;
+        this.#accounts();
+      },
     });
-    const ranked = (term) => `rank ${term.rank + 1}, ${short(term.importance, 2)} nats`;
-    const fired = (term) => `${ranked(term)} · ${short(term.query_activation)} × ${short(term.strength)} × ${short(term.key_activation)}`;
-    const parts = (term) => `${ranked(term)} · here ${signed(term.here)}, there ${signed(term.here - term.value)}`;
-    fill(this.score, h("h2", null, "Score of ", at(query), " → ", at(key)),
-      h("p", { class: "hint" }, "In grey: rank and importance of the pair · query activation × strength × key activation."),
-      account(score, options("score", fired)));
-    if (!why) {
-      fill(this.why, h("h2", null, "Why here"), h("p", { class: "hint" }, "This query sees no other key."));
-      return;
-    }
-    const others = why.against.map(({ key: c, weight }, n) => [n ? ", " : "", at(c), ` (${Math.round(100 * weight)} %)`]);
-    fill(this.why, h("h2", null, "Why ", at(key), " and not elsewhere"),
-      h("p", { class: "hint" }, "Log-odds against ", others,
-        why.fewest ? `. The ${why.fewest} largest add up to it within 10 %.` : ". The kept pairs do not add up to it within 10 %."),
-      account(why, options("why", parts)));
+    fill(
+      this.score,
+      h("h2", null, "Score of ", this.#at(query), " → ", this.#at(key)),
+      hint("In grey: rank and importance of the pair · query activation × strength × key activation."),
+      account(score, options("score", product)),
+    );
+    const share = (weight) => ` (${Math.round(100 * weight)} %)`;
+    const others = why?.against.map(({ key: c, weight }, n) => [n ? ", " : "", this.#at(c), share(weight)]);
+    const enough = why?.fewest ? `The ${why.fewest} largest add up to it` : "The kept pairs do not add up to it";
+    fill(
+      this.why,
+      h("h2", null, "Why ", this.#at(key), " and not elsewhere"),
+      why
+        ? [hint("Log-odds against ", others, `. ${enough} within 10 %.`), account(why, options("why", parts))]
+        : hint("This query sees no other key."),
+    );
+    this.accounts.classList.remove("stale");
+    if (focused) this.accounts.querySelector(`[data-term="${CSS.escape(focused)}"]`)?.focus();
   }
 
   // Pairs off
@@ -356,65 +361,42 @@ class View {
   }
 
   #switch(pair, on) {
-    this.off = this.off.filter((other) => !same(other, pair));
-    if (!on) this.off.push(pair);
-    this.#address("push");
-    this.#accounts();
+    const others = this.off.filter((other) => !same(other, pair));
+    this.#switched(on ? others : [...others, pair]);
+  }
+
+  #switched(pairs) {
+    this.off = pairs;
+    this.#address();
+    if (this.found) this.#accounts();
     this.#edit();
   }
 
   async #edit() {
+    this.#listed();
     const { prompt, layer, head, query } = this;
     const asked = { prompt, layer, head, position: query, ablate: this.off };
     const answer = await this.#answer("edit", this.api.post("api/prompt/edit", asked));
     if (!answer) return;
-    this.patterns.edited = answer.pattern && new Pattern(answer.pattern, this.trace.tokens.length, this.trace.causal);
+    const { tokens, causal } = this.trace;
+    this.patterns.edited = answer.pattern && new Pattern(answer.pattern, tokens.length, causal);
     this.#draw();
     this.#chosen();
-    this.#effects(answer);
+    fill(
+      this.next,
+      h("h2", null, "Next token after ", this.#at(query)),
+      answer.next ? nextTokens(answer.next.tokens) : h("p", { class: "hint" }, "This model predicts none."),
+    );
   }
 
-  #effects(answer) {
-    const name = (pair, side) => this.names.get(`${pair.layer}.${side}.${pair[side]}`) ?? (pair[side] < 0 ? "bias" : `${side[0]}${pair[side]}`);
-    fill(this.switched, h("h2", null, "Pairs switched off"),
-      this.off.length
-        ? [h("ul", { class: "off" }, this.off.map((pair) =>
-            h("li", null, h("button", { type: "button", class: "quiet", "aria-label": "on again", title: "on again", onclick: () => this.#switch(pair, true) }, "×"),
-              h("span", null, h("b", null, `${pair.layer}.${pair.head} `), h("a", { href: this.api.link("pair", pair) },
-                h("bdi", null, name(pair, "query")), " → ", h("bdi", null, name(pair, "key"))))))),
-          h("button", { type: "button", class: "reset", onclick: () => { this.off = []; this.#address("push"); this.#accounts(); this.#edit(); } }, "Reset")]
-        : h("p", { class: "hint" }, "None. The switch before a pair takes what it adds off the model’s own scores, in its head."));
-    const { next } = answer;
-    if (!next) {
-      fill(this.next, h("h2", null, "Next token"), h("p", { class: "hint" }, "This model predicts none."));
-      return;
-    }
-    fill(this.next, h("h2", null, "Next token after ", next.position, " ", token(this.trace.tokens[next.position])), nextTokens(next.tokens));
+  #listed() {
+    const number = (pair, side) => (pair[side] < 0 ? "bias" : `${side[0]}${pair[side]}`);
+    const shown = switchedOff(this.off, {
+      name: (pair, side) => this.names.get(`${pair.layer}.${side}.${pair[side]}`) ?? number(pair, side),
+      link: (pair) => this.api.link("pair", pair),
+      onOn: (pair) => this.#switch(pair, true),
+      onReset: () => this.#switched([]),
+    });
+    fill(this.list, h("h2", null, "Pairs switched off"), shown);
   }
-}
-
-function legend() {
-  return [h("span", null, "0"), h("i", { class: "ramp share" }), h("span", null, "1  attention (√)"),
-    h("span", null, "−1"), h("i", { class: "ramp difference" }), h("span", null, "+1  difference (√)")];
-}
-
-/** A number with so many digits that count, never in powers of ten. */
-function short(value, digits = 3) {
-  return Number(value.toPrecision(digits)).toString().replace("-", "−");
-}
-
-function number(text) {
-  return /^\d{1,9}$/.test(text ?? "") ? Number(text) : undefined;
-}
-
-/** Pairs of an address; what is none is left out. */
-function parsed(text) {
-  return (text ?? "").split("_").filter((part) => /^\d{1,9}(\.-?\d{1,9}){2}\.\d{1,9}$/.test(part)).map((part) => {
-    const [layer, query, key, head] = part.split(".").map(Number);
-    return { layer, query, key, head };
-  });
-}
-
-function same(one, other) {
-  return ["layer", "query", "key", "head"].every((name) => one[name] === other[name]);
 }
