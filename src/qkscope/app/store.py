@@ -119,6 +119,7 @@ class LayerStore:
             "heads": self.heads,
             "rotary": bool(self.site.get("rotary")),
             "width": {side: len(self.features(side)) for side in SIDES},
+            "numbers": {side: int(self.features(side).columns["feature"].max(initial=-1)) + 1 for side in SIDES},
             "pairs": len(self.pairs),
             "shards": {"features": FEATURES_A_SHARD, "pairs": self.pair_shards, "rows": ROWS_A_CHUNK},
             "has": {

@@ -1,6 +1,7 @@
 // The page's frame: what run this is, which view the address asks for, keys, and what to say while it loads or fails.
 //
 // A view is views/NAME.js with `export async function render(root, params, api)`: it fills `root`, an empty <main>.
+// `api` is {get(path), post(path, body), h, link(view, params), signal, live, run}.
 // `api.signal` ends when the person goes elsewhere; a view that fails says so by throwing.
 
 import { fill, h } from "./dom.js";
@@ -8,6 +9,7 @@ import { keys } from "./keys.js";
 import { get, post, Problem } from "./net.js";
 import { link, parse } from "./router.js";
 import { header } from "./header.js";
+import { tips } from "./tip.js";
 
 const VIEWS = ["overview", "features", "feature", "pairs", "pair", "head", "prompt"];
 let leaving = new AbortController();
@@ -86,4 +88,5 @@ function run() {
 
 addEventListener("hashchange", show);
 keys();
+tips();
 show();
