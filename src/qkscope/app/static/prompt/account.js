@@ -71,11 +71,6 @@ export function signed(value, digits = 2) {
   return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 }
 
-/** The digits of a number that count. */
-export function short(value, digits = 3) {
-  return Number(value.toPrecision(digits)).toString().replace("-", "−");
-}
-
 function number(value) {
   return h("span", { class: "number" }, signed(value));
 }

@@ -1,38 +1,29 @@
-// Colours of attention: shares from the page's ground to a deep blue, differences from orange over the ground to blue.
+// Colours of attention, as in the other views: viridis for a share, blue over grey to orange for a difference.
 //
-// Both are read off the style sheet (so that they follow light and dark) and get darker with the square root of the
-// value, since most of attention is small. Blue and orange are told apart by all common kinds of colour blindness.
+// Both go with the square root of the value, since most of attention is small.
 
 const LEVELS = 256;
+const DIVERGING = ["#08519c", "#6baed6", "#f5f5f5", "#fdae6b", "#a63603"];
+const shares = table(d3.interpolateViridis);
+const differences = table(d3.interpolateRgbBasis(DIVERGING));
 
-/** {share(p), difference(d)}: each gives [r, g, b] for a value in 0 … 1 or -1 … 1. */
-export function ramps() {
-  const style = getComputedStyle(document.documentElement);
-  const named = (name) => style.getPropertyValue(name).trim();
-  const ground = named("--map-ground");
-  const more = table([ground, named("--map-half"), named("--map-full")]);
-  const less = table([ground, named("--map-less-half"), named("--map-less")]);
-  return {
-    share: (p) => more[level(p)],
-    difference: (d) => (d < 0 ? less : more)[level(Math.abs(d))],
-  };
+/** [r, g, b] of a share of attention, 0 … 1. */
+export function share(p) {
+  return at(shares, Math.sqrt(p));
 }
 
-function level(p) {
-  return Math.min(LEVELS - 1, Math.round(Math.sqrt(Math.max(p, 0)) * (LEVELS - 1)));
+/** [r, g, b] of a difference of two shares, -1 … 1. */
+export function difference(d) {
+  return at(differences, 0.5 + (Math.sign(d) * Math.sqrt(Math.abs(d))) / 2);
 }
 
-function table(stops) {
-  const mixed = d3.piecewise(d3.interpolateLab, stops);
+function at(colours, place) {
+  return colours[Math.min(Math.max(Math.round(place * (LEVELS - 1)), 0), LEVELS - 1)];
+}
+
+function table(scale) {
   return Array.from({ length: LEVELS }, (_, n) => {
-    const { r, g, b } = d3.rgb(mixed(n / (LEVELS - 1)));
+    const { r, g, b } = d3.rgb(scale(n / (LEVELS - 1)));
     return [r, g, b];
   });
-}
-
-/** Call `draw` now and whenever the page turns light or dark, until `signal` ends. */
-export function onTheme(draw, signal) {
-  draw();
-  addEventListener("themechange", draw, { signal });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw, { signal });
 }

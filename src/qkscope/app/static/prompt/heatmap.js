@@ -167,13 +167,13 @@ function shortened(token) {
   return text.length > LONGEST ? `${text.slice(0, LONGEST - 1).join("")}…` : text.join("");
 }
 
-/** A head's pattern as a picture of `size` × `size` bytes, on a canvas. */
-export function thumbnail(canvas, cells, size, share) {
+/** A head's pattern as a picture of `size` × `size` bytes, on a canvas; what a causal mask hides is left clear. */
+export function thumbnail(canvas, cells, size, causal, share) {
   canvas.width = canvas.height = size;
   const context = canvas.getContext("2d");
   const data = context.createImageData(size, size);
   cells.forEach((byte, n) => {
-    data.data.set([...share(byte / 255), 255], 4 * n);
+    if (!causal || n % size <= n / size) data.data.set([...share(byte / 255), 255], 4 * n);
   });
   context.putImageData(data, 0, 0);
 }
@@ -186,6 +186,6 @@ export function legend() {
     "div",
     { class: "legend", "aria-hidden": "true" },
     h("span", null, "0 ", share, " 1 attention (√)"),
-    h("span", null, "−1 ", difference, " +1 difference (√)"),
+    h("span", null, "−1 ", difference, " +1 difference (√): orange where the map attends too much"),
   );
 }

@@ -29,7 +29,7 @@ export function layout(root, { onPrompt, onHover, onPick, onKey, onPicks }) {
   const maps = {
     true: new HeatMap("Model", "the head's pattern", on),
     pruned: new HeatMap("Pruned map", "from the kept pairs", on),
-    difference: new HeatMap("Difference", "model − pruned map", on),
+    difference: new HeatMap("Difference", "pruned map − model", on),
     edited: new HeatMap("Pairs off", "the model without them", on),
   };
   const picks = (name, checked) =>

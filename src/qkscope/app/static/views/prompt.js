@@ -6,10 +6,11 @@
 // the same and "back" goes back. A choice changes the address and the parts that depend on it, never the whole view.
 
 import { fill, h } from "../dom.js";
+import { millinats, number, short } from "../format.js";
 import { Problem } from "../net.js";
-import { account, short, signed } from "../prompt/account.js";
+import { account, signed } from "../prompt/account.js";
 import { pairsOf, same, textOf, whole } from "../prompt/address.js";
-import { onTheme, ramps } from "../prompt/colour.js";
+import { difference, share } from "../prompt/colour.js";
 import { nextTokens, switchedOff } from "../prompt/effects.js";
 import { thumbnail } from "../prompt/heatmap.js";
 import { layout } from "../prompt/layout.js";
@@ -56,7 +57,9 @@ class View {
   }
 
   async start() {
-    onTheme(() => this.#colours(), this.api.signal);
+    const drawn = () => Object.values(this.maps).forEach((map) => map.draw()); // their axes are in the page's colours
+    addEventListener("themechange", drawn, { signal: this.api.signal });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawn, { signal: this.api.signal });
     if (this.prompt !== null && last.asked === this.#asked()) this.#show(last.answer);
     else this.#say("Opening the model …");
     known ??= await this.#answer("examples", this.api.get("api/prompt/examples"));
@@ -75,12 +78,12 @@ class View {
       ),
     );
     this.prompt ??= known.prompts[0]?.prompt ?? "";
-    this.field.value = this.prompt;
-    this.head ??= this.#foremost();
+    this.field.value ||= this.prompt;
+    this.head ??= foremost(this.layer);
     if (this.trace) {
       this.#pressed();
       await this.#account();
-    } else if (this.prompt) await this.#run(false);
+    } else if (this.prompt) await this.#run({}, false);
     else this.#say("Type a text, or choose one that is ready.");
   }
 
@@ -88,7 +91,7 @@ class View {
 
   /** An answer, or null where it failed (which is said) or something newer of its kind was asked. */
   async #answer(kind, promise) {
-    const turn = (this.turns[kind] = (this.turns[kind] ?? 0) + 1);
+    const turn = this.#turn(kind);
     const late = setTimeout(() => this.traced.classList.add("waiting"), SLOW);
     try {
       const answer = await promise;
@@ -102,6 +105,10 @@ class View {
       clearTimeout(late);
       this.traced.classList.remove("waiting");
     }
+  }
+
+  #turn(kind) {
+    return (this.turns[kind] = (this.turns[kind] ?? 0) + 1);
   }
 
   #say(words, wrong = false) {
@@ -127,30 +134,22 @@ class View {
       this.#say("Type a text first, at least two tokens.", true);
       return;
     }
-    Object.assign(this, { prompt, query: undefined, key: undefined, off: [] });
-    this.#run();
+    this.#run({ prompt, query: undefined, key: undefined, off: [] });
   }
 
   /** Another layer, or another head of it. */
-  #go(layer, head) {
-    this.layer = layer;
-    this.head = head ?? this.#foremost();
-    this.key = undefined;
-    this.#run();
+  #go(layer, head = foremost(layer)) {
+    this.#run({ layer, head, key: undefined });
   }
 
-  /** The head of the layer whose pairs matter most. */
-  #foremost() {
-    const { importance } = known.layers.find(({ layer }) => layer === this.layer);
-    return importance.indexOf(Math.max(...importance));
-  }
-
-  async #run(step = true) {
-    const { prompt, layer, head } = this;
+  /** Trace with these changes of what is chosen; until the answer is there, and where there is none, nothing changes. */
+  async #run(changes, step = true) {
+    const { prompt, layer, head } = { prompt: this.prompt, layer: this.layer, head: this.head, ...changes };
     const answer = await this.#answer("trace", this.api.post("api/prompt/trace", { prompt, layer, head }));
     if (!answer) return;
-    last = { asked: this.#asked(), answer };
+    Object.assign(this, changes);
     this.#show(answer);
+    last = { asked: this.#asked(), answer };
     this.#address(step);
     await this.#account();
   }
@@ -160,6 +159,8 @@ class View {
   #show(answer) {
     this.#say("");
     this.trace = answer;
+    this.head = answer.head;
+    for (const kind of ["edge", "edit"]) this.#turn(kind); // what is still asked is of another trace
     const { tokens, causal, pattern } = answer;
     const n = tokens.length;
     const unpacked = Object.entries(pattern).map(([kind, packed]) => [kind, new Pattern(packed, n, causal)]);
@@ -178,13 +179,6 @@ class View {
       button.setAttribute("aria-pressed", String(Number(button.dataset.layer) === this.layer));
   }
 
-  #colours() {
-    this.ramps = ramps();
-    if (!this.trace) return;
-    this.#thumbnails();
-    this.#draw();
-  }
-
   #thumbnails() {
     const focused = this.heads.contains(document.activeElement);
     fill(this.heads, this.trace.heads.map((one) => this.#thumbnail(one)));
@@ -193,7 +187,7 @@ class View {
 
   #thumbnail({ head, kl, size, thumbnail: packed }) {
     const canvas = h("canvas", { "aria-hidden": "true" });
-    thumbnail(canvas, bytes(packed), size, this.ramps.share);
+    thumbnail(canvas, bytes(packed), size, this.trace.causal, share);
     const attributes = {
       type: "button",
       class: "head",
@@ -206,10 +200,9 @@ class View {
 
   #draw() {
     const { tokens, causal } = this.trace;
-    const { share, difference } = this.ramps;
     const { true: model, pruned, edited } = this.patterns;
     const shares = (pattern) => ({ tokens, causal, colour: share, value: (i, j) => pattern.at(i, j) });
-    const apart = (i, j) => model.at(i, j) - pruned.at(i, j);
+    const apart = (i, j) => pruned.at(i, j) - model.at(i, j);
     this.maps.true.set(shares(model));
     this.maps.pruned.set(shares(pruned));
     this.maps.difference.set({ tokens, causal, colour: difference, value: apart });
@@ -252,7 +245,7 @@ class View {
       model: model.at(i, j).toFixed(3),
       transcoders: reconstructed.at(i, j).toFixed(3),
       "pruned map": pruned.at(i, j).toFixed(3),
-      difference: signed(model.at(i, j) - pruned.at(i, j), 3),
+      difference: signed(pruned.at(i, j) - model.at(i, j), 3),
       ...(edited && { "pairs off": edited.at(i, j).toFixed(3) }),
     };
     return Object.entries(shown).map(([name, value]) => [" ", h("span", null, `${name} `, h("b", null, value))]);
@@ -318,9 +311,9 @@ class View {
     const { score, why, query, key } = this.found;
     const focused = document.activeElement?.dataset.term;
     const hint = (...words) => h("p", { class: "hint" }, words);
-    const ranked = (term) => `rank ${term.rank + 1}, ${short(term.importance, 2)} nats`;
+    const ranked = (term) => `rank ${term.rank + 1}, ${millinats(term.importance)} mnat`;
     const product = (term) =>
-      `${short(term.query_activation)} × ${short(term.strength)} × ${short(term.key_activation)}`;
+      `${number(term.query_activation)} × ${number(term.strength)} × ${number(term.key_activation)}`;
     const parts = (term) => `here ${signed(term.here)}, there ${signed(term.here - term.value)}`;
     const options = (name, detail) => ({
       name,
@@ -340,8 +333,8 @@ class View {
       hint("In grey: rank and importance of the pair · query activation × strength × key activation."),
       account(score, options("score", product)),
     );
-    const share = (weight) => ` (${Math.round(100 * weight)} %)`;
-    const others = why?.against.map(({ key: c, weight }, n) => [n ? ", " : "", this.#at(c), share(weight)]);
+    const part = (weight) => ` (${Math.round(100 * weight)} %)`;
+    const others = why?.against.map(({ key: c, weight }, n) => [n ? ", " : "", this.#at(c), part(weight)]);
     const enough = why?.fewest ? `The ${why.fewest} largest add up to it` : "The kept pairs do not add up to it";
     fill(
       this.why,
@@ -390,13 +383,18 @@ class View {
   }
 
   #listed() {
-    const number = (pair, side) => (pair[side] < 0 ? "bias" : `${side[0]}${pair[side]}`);
     const shown = switchedOff(this.off, {
-      name: (pair, side) => this.names.get(`${pair.layer}.${side}.${pair[side]}`) ?? number(pair, side),
+      name: (pair, side) => this.names.get(`${pair.layer}.${side}.${pair[side]}`) ?? short(side, pair[side]),
       link: (pair) => this.api.link("pair", pair),
       onOn: (pair) => this.#switch(pair, true),
       onReset: () => this.#switched([]),
     });
     fill(this.list, h("h2", null, "Pairs switched off"), shown);
   }
+}
+
+/** The head of a layer whose pairs matter most. */
+function foremost(layer) {
+  const { importance } = known.layers.find((one) => one.layer === layer);
+  return importance.indexOf(Math.max(...importance));
 }
