@@ -24,6 +24,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import uvicorn
@@ -67,6 +68,7 @@ def serve(folder: Path, host: str = HOST, port: int = PORT) -> None:
     """Serve a run's page until interrupted; `UserError` for what is no finished run and for an address in use."""
     app = make_app(folder, host)
     listener = _listen(host, port)
+    Thread(target=app.state.warm, daemon=True).start()
     name = f"[{host}]" if ":" in host else host
     print(f"qkscope: {folder} at http://{name}:{listener.getsockname()[1]}/ (Ctrl-C ends)", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listener])
@@ -123,7 +125,7 @@ def make_app(folder: Path, host: str = HOST) -> Starlette:
     }
     routes: list[BaseRoute] = [Route(f"/data/{path}.json", _endpoint(answer)) for path, answer in numbers.items()]
     page = StaticFiles(directory=STATIC, html=True)
-    return Starlette(
+    app = Starlette(
         routes=[*routes, *live, Mount("/", page)],
         middleware=[Middleware(Guard, names=_names(host), any_address=host in WILDCARDS)],
         exception_handlers={
@@ -134,6 +136,8 @@ def make_app(folder: Path, host: str = HOST) -> Starlette:
             Exception: lambda request, error: _json({"error": "Something went wrong; see the terminal."}, 500),
         },
     )
+    app.state.warm = run.warm
+    return app
 
 
 def live_routes(folder: Path) -> Sequence[BaseRoute]:

@@ -13,6 +13,7 @@ Shapes: F features of a side, P kept pairs (-1: a side's bias), N heads.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import RLock
@@ -35,7 +36,8 @@ from ..explain.opening import layer_folders
 from .tables import PAGE, KeyedRows, Table, plain
 
 PARTNERS, HEAD_PAIRS, LIKE, SHARED = 200, 100, 5, 10
-DRAWS = 20  # of each null, for what is alike by chance: a second for a few thousand pairs
+DRAWS = 20  # of each null, for what is alike by chance ...
+CHANCE_PAIRS = 10_000  # ... and none for more pairs than these, which take some seconds
 FEATURES_A_SHARD, PAIRS_A_SHARD, ROWS_A_CHUNK = 16, 64, 20_000
 FEATURE_NUMBERS = ("density", "importance", "pairs", "max_activation", "mean_activation", "by_position")
 
@@ -68,6 +70,12 @@ class Run:
                 site = (self.config.get("sites") or {}).get(number) or {}
                 self._opened[number] = LayerStore(self._layers[number], number, site)
             return self._opened[number]
+
+    def warm(self) -> None:
+        """Read ahead what the first views of each layer need."""
+        with suppress(UserError):  # it is said where it is asked for
+            for number in self.numbers:
+                self.layer(number).warm()
 
     @cached_property
     def model(self) -> str:
@@ -118,8 +126,8 @@ class LayerStore:
             "layer": self.number,
             "heads": self.heads,
             "rotary": bool(self.site.get("rotary")),
-            "width": {side: len(self.features(side)) for side in SIDES},
-            "numbers": {side: int(self.features(side).columns["feature"].max(initial=-1)) + 1 for side in SIDES},
+            "width": {side: len(numbers) for side, numbers in self._numbers.items()},
+            "numbers": {side: int(numbers.max(initial=-1)) + 1 for side, numbers in self._numbers.items()},
             "pairs": len(self.pairs),
             "shards": {"features": FEATURES_A_SHARD, "pairs": self.pair_shards, "rows": ROWS_A_CHUNK},
             "has": {
@@ -145,6 +153,12 @@ class LayerStore:
             raise Missing(f"Layer {self.number} has no report yet; qkscope evaluate writes it.")
         return found
 
+    def warm(self) -> None:
+        """Read what is kept in memory: columns, names, and where each feature's and pair's examples are."""
+        for side in SIDES:
+            self.features(side)
+        _ = self._by_side, self._examples, self._pair_examples
+
     @cached_property
     def heads(self) -> int:
         """N."""
@@ -158,32 +172,32 @@ class LayerStore:
         return self._features[side]
 
     @cached_property
+    def _numbers(self) -> dict[str, np.ndarray]:
+        """Each side's feature numbers, rising."""
+        return {side: table["feature"].to_numpy() for side, table in self._statistics.items()}
+
+    @cached_property
     def _statistics(self) -> dict[str, pa.Table]:
+        """Each side's rows of features.parquet, by feature."""
         table = read(self.folder / "features.parquet", pq.read_table)
         if table is None:
             raise UserError(f"{self.folder / 'features.parquet'} is missing; qkscope evaluate writes it")
-        sides = np.asarray(table["side"].to_pylist())
-        out = {}
-        for side in SIDES:
-            rows = np.flatnonzero(sides == side)
-            part = table.take(rows)
-            out[side] = part.take(np.argsort(part["feature"].to_numpy(), kind="stable"))
-        return out
+        sides = {side: table.filter(pc.equal(table["side"], side)) for side in SIDES}
+        return {side: part.take(np.argsort(part["feature"].to_numpy(), kind="stable")) for side, part in sides.items()}
 
     @cached_property
     def _features(self) -> dict[str, Table]:
         found = {}
         for side, table in self._statistics.items():
-            columns: dict[str, Any] = {"feature": table["feature"].to_numpy()}
+            columns: dict[str, Any] = {"feature": self._numbers[side]}
             for name in FEATURE_NUMBERS:
                 if name in table.column_names:
                     columns[name] = table[name].to_numpy()
-            numbers = columns["feature"].tolist()
-            names = [self.name(side, feature) for feature in numbers]
+            numbers = self._numbers[side].tolist()
             known = [self._layer.known(side, feature) or {} for feature in numbers]
             if any(known):
                 columns["f1"] = np.asarray([one.get("f1", np.nan) for one in known], dtype=np.float64)
-            columns["name"] = names
+            columns["name"] = [self.name(side, feature) for feature in numbers]
             found[side] = Table(columns)
         return found
 
@@ -244,7 +258,7 @@ class LayerStore:
         }
 
     def _place(self, side: str, feature: int) -> int:
-        numbers = self.features(side).columns["feature"]
+        numbers = self._numbers[side]
         place = int(np.searchsorted(numbers, feature))
         if place >= len(numbers) or numbers[place] != feature:
             raise Missing(f"Layer {self.number} has no {side} feature {feature}.")
@@ -253,7 +267,7 @@ class LayerStore:
     @cached_property
     def _key_width(self) -> int:
         """More than any feature's number."""
-        return 1 + max((int(self.features(side).columns["feature"].max(initial=0)) for side in SIDES), default=0)
+        return 1 + max(int(numbers.max(initial=0)) for numbers in self._numbers.values())
 
     @cached_property
     def _examples(self) -> KeyedRows | None:
@@ -422,16 +436,18 @@ class LayerStore:
         return heads_room.concentration(self._entries(True))
 
     def likeness(self) -> dict[str, Any]:
-        """The similarity of all heads, each one's likest and the clusters, beside chance; takes seconds, once."""
+        """Each head's likest and the clusters, beside chance; takes seconds, once. Of very many pairs nothing is drawn."""
         with self._lock:
             return self._likeness
 
     @cached_property
     def _likeness(self) -> dict[str, Any]:
         entries = self._entries(False)
+        if len(entries) > CHANCE_PAIRS:
+            return {"draws": 0}
         nulls = {null: rewired(entries, null, DRAWS) for null in NULLS}
         found = heads_room.likeness(entries, nulls)
-        return {"draws": DRAWS, **{name: found[name] for name in ("similarity", "heads", "cut", "clusters")}}
+        return {"draws": DRAWS, **{name: found[name] for name in ("heads", "cut", "clusters")}}
 
     def pattern(self, head: int) -> dict[str, Any]:
         """One head's patterns on the stored text."""

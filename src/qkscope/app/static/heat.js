@@ -5,7 +5,8 @@ import { number } from "./format.js";
 import { quoted } from "./tokens.js";
 
 const SIZE = 10; // pixels of a cell, at most 640 of the map
-const orange = d3.interpolateRgbBasis(["#08519c", "#6baed6", "#f5f5f5", "#fdae6b", "#a63603"]); // blue to orange
+const BELOW = "0, 114, 178"; // blue and orange, the fainter the nearer to 0, on light ground as on dark
+const ABOVE = "230, 110, 0";
 
 /** Weights [Q, K] of a text's tokens; `signed`: around 0, to ±`most`. Colour goes with the square root. */
 export function heatMap(title, weights, tokens, { signed = false, most = 1 } = {}) {
@@ -15,7 +16,7 @@ export function heatMap(title, weights, tokens, { signed = false, most = 1 } = {
   const pen = canvas.getContext("2d");
   const shade = (value) => {
     const size = Math.sqrt(Math.min(Math.abs(value) / most, 1));
-    return signed ? orange(0.5 + (Math.sign(value) * size) / 2) : d3.interpolateViridis(size);
+    return signed ? `rgba(${value < 0 ? BELOW : ABOVE}, ${size})` : d3.interpolateViridis(size);
   };
   weights.forEach((row, q) =>
     row.forEach((value, k) => {

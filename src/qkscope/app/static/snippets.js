@@ -8,19 +8,21 @@ import { token } from "./tokens.js";
 export function example(row, side, top) {
   return h(
     "li",
-    { class: `example ${side}` },
+    { class: `example on-${side}` },
     h("span", { class: "value", title: `document ${row.document}, position ${row.position}` }, number(row.activation)),
     h(
       "p",
       { class: "tokens", dir: "auto" },
       row.tokens.map((text, i) => {
         const act = row.activations[i] ?? 0;
-        if (!(act > 0)) return token(text, { class: i === row.center ? "center" : "" });
-        return token(text, {
-          class: i === row.center ? "fires center" : "fires",
+        const center = i === row.center ? "center" : "";
+        if (!(act > 0)) return [h("wbr"), token(text, { class: center })];
+        const shaded = {
+          class: `fires ${center}`,
           style: { "--shade": Math.min(act / top, 1).toFixed(3) },
           "data-tip": `activation ${act} at position ${row.position - row.center + i} of document ${row.document}`,
-        });
+        };
+        return [h("wbr"), token(text, shaded)];
       }),
     ),
   );
@@ -51,7 +53,7 @@ export function pairExample(row) {
           "data-tip": ends.length ? `${ends.join(" and ")}, position ${at} of document ${row.document}` : null,
         });
         for (const end of ends) nodes[end] = node;
-        return node;
+        return [h("wbr"), node];
       }),
     ];
   });

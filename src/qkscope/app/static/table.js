@@ -45,15 +45,19 @@ function pager(total, page, size, link) {
   );
 }
 
-/** A table of rows that are all here, sorted where it stands. */
-export function sortable(columns, rows, { sort, order = "desc", classes = "" } = {}) {
+/** A table of rows that are all here, sorted where it stands; the `first` are shown until more are asked for. */
+export function sortable(columns, rows, { sort, order = "desc", first = 20, here = () => false } = {}) {
   const body = h("tbody");
   const heads = h("tr");
+  const more = h("button", { type: "button", class: "more", onclick: () => ((first = rows.length), show(...now)) }, `all ${number(rows.length)}`);
+  let now = [sort, order];
   const show = (by, way) => {
+    now = [by, way];
+    more.hidden = first >= rows.length;
     const sign = way === "desc" ? -1 : 1;
     const worth = (row) => row[by] ?? -Infinity;
     const sorted = by ? [...rows].sort((a, b) => (worth(a) === worth(b) ? 0 : sign * (worth(a) < worth(b) ? -1 : 1))) : rows;
-    fill(body, sorted.map((row) => line(columns, row)));
+    fill(body, sorted.slice(0, first).map((row) => line(columns, row, here(row))));
     fill(
       heads,
       columns.map((column) => {
@@ -69,11 +73,11 @@ export function sortable(columns, rows, { sort, order = "desc", classes = "" } =
     );
   };
   show(sort, order);
-  return h("div", { class: "scroll" }, h("table", { class: `sortable ${classes}` }, h("thead", null, heads), body));
+  return h("div", { class: "scroll" }, h("table", { class: "sortable" }, h("thead", null, heads), body), more);
 }
 
-const line = (columns, row) =>
-  h("tr", null, columns.map((column) => h("td", { class: kind(column) }, (column.cell ?? ((r) => number(r[column.name])))(row))));
+const line = (columns, row, here = false) =>
+  h("tr", { class: here ? "here" : null }, columns.map((column) => h("td", { class: kind(column) }, (column.cell ?? ((r) => number(r[column.name])))(row))));
 const kind = (column) => (column.text ? "text" : "number");
 const ordered = (order) => (order === "desc" ? "descending" : "ascending");
 const arrow = (order) => h("span", { class: "arrow", "aria-hidden": "true" }, order ? (order === "desc" ? "▾" : "▴") : "");

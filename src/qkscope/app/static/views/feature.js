@@ -123,6 +123,6 @@ function partners(found, layer, side, api) {
     "section",
     null,
     h("h2", null, words, " ", h("small", null, h("a", { href: api.link("pairs", { layer, [side]: found.feature }) }, total > list.length ? `the ${list.length} most important of ${number(total)} pairs` : `${number(total)} pairs`))),
-    list.length ? sortable(pairColumns(api, layer, [OTHER[side]]), list, { sort: "importance", classes: "partners" }) : h("p", { class: "state" }, "No pair was kept."),
+    list.length ? sortable(pairColumns(api, layer, [OTHER[side]]), list, { sort: "importance" }) : h("p", { class: "state" }, "No pair was kept."),
   );
 }

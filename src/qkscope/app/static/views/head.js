@@ -46,7 +46,7 @@ function maps(pattern) {
     null,
     h("h2", null, "Pattern on a held-out text"),
     h("p", { class: "note" }, "Queries run down, keys across; colour goes with the square root of the weight. Difference: pruned less true, orange where the map attends too much."),
-    h("p", { class: "tokens", dir: "auto" }, tokens.map((text, i) => token(text, { "data-tip": `position ${i}` }))),
+    h("p", { class: "tokens", dir: "auto" }, tokens.map((text, i) => [h("wbr"), token(text, { "data-tip": `position ${i}` })])),
     h(
       "div",
       { class: "maps" },
@@ -75,6 +75,7 @@ function alike(found, layer, data, api) {
   const chance = h("p", { class: "note", role: "status" }, "What chance gives is being drawn …");
   data.heads().then(
     ({ heads, clusters, draws }) => {
+      if (!draws) return fill(chance, "What chance gives is not drawn for so many pairs; qkscope heads does.");
       const own = heads.find((one) => one.head === found.head);
       const others = clusters.find((cluster) => cluster.includes(found.head))?.filter((n) => n !== found.head) ?? [];
       fill(

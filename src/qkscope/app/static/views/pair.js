@@ -45,7 +45,7 @@ export async function render(root, params, api) {
       { class: "halves" },
       SIDES.map((side, i) => h("section", null, h("h2", null, featureLink(api, layer, side, numbers[side], found.names[side])), fires(sides[i], side))),
     ),
-    h("section", null, h("h2", null, "By head"), sortable(pairColumns(api, layer, []), heads, { sort: "head", order: "asc" })),
+    h("section", null, h("h2", null, "By head"), sortable(pairColumns(api, layer, []), heads, { sort: "head", order: "asc", first: 64, here: (row) => row.head === head })),
   ]);
 }
 
