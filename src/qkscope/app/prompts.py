@@ -177,11 +177,12 @@ class Prompts:
         }
 
     def edge(self, asked: AskEdge) -> dict[str, Any]:
-        """The account of one score, and of why there and not elsewhere (None where there is nowhere else)."""
+        """The account of one score, and of why there and not elsewhere (None where nothing else is attended to)."""
         one = self._traced(asked.prompt, asked.layer).of_head(asked.head)
         i = one.position(asked.query, "query")
         pattern = one.pattern
         j = int(pattern["true"][i, : len(one.tokens)].argmax()) if asked.key is None else one.position(asked.key, "key")
+        score = one.terms(i, j)
         acts_q, acts_k = one.acts
         at_i, value_ST = one.row(i)
 
@@ -193,15 +194,18 @@ class Prompts:
             return {"here": value_ST[torch.searchsorted(at_i, index_S), j]}  # the term at the key; less it, there
 
         why = None
-        if asked.against or int(one.inputs.rule.visible_BQK[0, i].sum()) > 1 or _sink(one):
+        try:
             found = one.why(i, j, asked.against)
             against = [{"key": c, "weight": w} for c, w in zip(found.against, found.weights, strict=True)]
             why = {"against": against, **self._account(one, found.account, here)}
+        except UserError:
+            if asked.against:
+                raise
         return {
             "query": i,
             "key": j,
             "pattern": {kind: float(pattern[kind][i, j]) for kind in KINDS},
-            "score": self._account(one, one.terms(i, j), fired),
+            "score": self._account(one, score, fired),
             "why": why,
         }
 

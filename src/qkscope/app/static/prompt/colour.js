@@ -1,29 +1,24 @@
-// Colours of attention, as in the other views: viridis for a share, blue over grey to orange for a difference.
+// Colours of attention, as in the other views: viridis for a share, orange for more and blue for less attention.
 //
 // Both go with the square root of the value, since most of attention is small.
 
-const LEVELS = 256;
-const DIVERGING = ["#08519c", "#6baed6", "#f5f5f5", "#fdae6b", "#a63603"];
-const shares = table(d3.interpolateViridis);
-const differences = table(d3.interpolateRgbBasis(DIVERGING));
+const SHARES = Array.from({ length: 256 }, (_, n) => {
+  const { r, g, b } = d3.rgb(d3.interpolateViridis(n / 255));
+  return [r, g, b, 255];
+});
+const LESS = [0, 114, 178];
+const MORE = [230, 110, 0];
 
-/** [r, g, b] of a share of attention, 0 … 1. */
+/** [red, green, blue, opacity] of a share of attention, 0 … 1. */
 export function share(p) {
-  return at(shares, Math.sqrt(p));
+  return SHARES[level(p)];
 }
 
-/** [r, g, b] of a difference of two shares, -1 … 1. */
+/** The same of a difference of two shares, -1 … 1: the fainter the nearer to 0, on light ground as on dark. */
 export function difference(d) {
-  return at(differences, 0.5 + (Math.sign(d) * Math.sqrt(Math.abs(d))) / 2);
+  return [...(d < 0 ? LESS : MORE), level(Math.abs(d))];
 }
 
-function at(colours, place) {
-  return colours[Math.min(Math.max(Math.round(place * (LEVELS - 1)), 0), LEVELS - 1)];
-}
-
-function table(scale) {
-  return Array.from({ length: LEVELS }, (_, n) => {
-    const { r, g, b } = d3.rgb(scale(n / (LEVELS - 1)));
-    return [r, g, b];
-  });
+function level(p) {
+  return Math.min(Math.round(255 * Math.sqrt(p)), 255);
 }

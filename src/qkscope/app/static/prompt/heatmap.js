@@ -15,10 +15,9 @@ export class HeatMap {
   constructor(title, note, { onHover, onPick }) {
     this.cells = h("canvas", { "aria-hidden": "true" });
     this.above = h("canvas", { class: "above", role: "img", "aria-label": title });
-    const enlarge = h("button", {
-      type: "button", class: "quiet", title: "larger or smaller", "aria-label": `${title}: larger or smaller`,
-      onclick: () => this.node.classList.toggle("large"), // what observes its size draws it anew
-    }, "⤢");
+    const resize = () => this.node.classList.toggle("large"); // what observes its size draws it anew
+    const words = `${title}: larger or smaller`;
+    const enlarge = h("button", { type: "button", class: "quiet", "aria-label": words, onclick: resize }, "⤢");
     this.node = h(
       "figure",
       { class: "map" },
@@ -29,11 +28,10 @@ export class HeatMap {
     this.above.addEventListener("pointermove", (event) => this.#told(event, onHover));
     this.above.addEventListener("pointerleave", () => onHover(null, null));
     this.above.addEventListener("click", (event) => this.#told(event, onPick));
-    this.observer = new ResizeObserver(() => this.draw());
-    this.observer.observe(this.above.parentElement);
+    new ResizeObserver(() => this.draw()).observe(this.above.parentElement);
   }
 
-  /** Show other values; `colour(value)` is [r, g, b]. */
+  /** Show other values; `colour(value)` is [red, green, blue, opacity]. */
   set({ tokens, causal, value, colour }) {
     Object.assign(this, { tokens, causal, value, colour });
     this.#paint();
@@ -54,11 +52,7 @@ export class HeatMap {
     for (let i = 0, at = 0; i < n; i++)
       for (let j = 0; j < n; j++, at += 4) {
         if (this.causal && j > i) continue; // masked: left clear
-        const [r, g, b] = this.colour(this.value(i, j));
-        data.data[at] = r;
-        data.data[at + 1] = g;
-        data.data[at + 2] = b;
-        data.data[at + 3] = 255;
+        data.data.set(this.colour(this.value(i, j)), at);
       }
     context.putImageData(data, 0, 0);
   }
@@ -173,7 +167,7 @@ export function thumbnail(canvas, cells, size, causal, share) {
   const context = canvas.getContext("2d");
   const data = context.createImageData(size, size);
   cells.forEach((byte, n) => {
-    if (!causal || n % size <= n / size) data.data.set([...share(byte / 255), 255], 4 * n);
+    if (!causal || n % size <= n / size) data.data.set(share(byte / 255), 4 * n);
   });
   context.putImageData(data, 0, 0);
 }

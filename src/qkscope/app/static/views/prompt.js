@@ -52,7 +52,6 @@ class View {
         onPicks: (name) => (this.picks = name),
       }),
     );
-    this.maps.edited.node.hidden = true;
     this.field.value = this.prompt ?? "";
   }
 
@@ -200,14 +199,17 @@ class View {
 
   #draw() {
     const { tokens, causal } = this.trace;
-    const { true: model, pruned, edited } = this.patterns;
-    const shares = (pattern) => ({ tokens, causal, colour: share, value: (i, j) => pattern.at(i, j) });
+    const { true: model, pruned } = this.patterns;
+    for (const kind of ["true", "pruned", "edited"]) this.#drawShares(kind);
     const apart = (i, j) => pruned.at(i, j) - model.at(i, j);
-    this.maps.true.set(shares(model));
-    this.maps.pruned.set(shares(pruned));
     this.maps.difference.set({ tokens, causal, colour: difference, value: apart });
-    this.maps.edited.node.hidden = !edited;
-    if (edited) this.maps.edited.set(shares(edited));
+  }
+
+  #drawShares(kind) {
+    const { tokens, causal } = this.trace;
+    const pattern = this.patterns[kind];
+    this.maps[kind].node.hidden = !pattern;
+    if (pattern) this.maps[kind].set({ tokens, causal, colour: share, value: (i, j) => pattern.at(i, j) });
   }
 
   // The edge
@@ -341,7 +343,7 @@ class View {
       h("h2", null, "Why ", this.#at(key), " and not elsewhere"),
       why
         ? [hint("Log-odds against ", others, `. ${enough} within 10 %.`), account(why, options("why", parts))]
-        : hint("This query sees no other key."),
+        : hint("This query attends to nothing else."),
     );
     this.accounts.classList.remove("stale");
     if (focused) this.accounts.querySelector(`[data-term="${CSS.escape(focused)}"]`)?.focus();
@@ -373,7 +375,7 @@ class View {
     if (!answer) return;
     const { tokens, causal } = this.trace;
     this.patterns.edited = answer.pattern && new Pattern(answer.pattern, tokens.length, causal);
-    this.#draw();
+    this.#drawShares("edited");
     this.#chosen();
     fill(
       this.next,
