@@ -39,7 +39,7 @@ def save_artefact(
 ) -> Path:
     """Write a run of `layers` layers to `folder`; a tenth of its pairs have a bias and some values are equal."""
     rng = np.random.default_rng(seed)
-    config = RunConfig(model=f"somewhere/{words[0]}", layers=list(layers)).model_dump(mode="json")
+    config = RunConfig(model=f"somewhere/{words[0]}", layers=tuple(layers)).model_dump(mode="json")
     site = {"D": 8, "N": heads, "G": heads, "H": 2, "rotary": False}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"run": config, "sites": {n: site for n in layers}}))
@@ -116,11 +116,12 @@ def _examples(rng: np.random.Generator, features: int, words: Sequence[str], eac
     n = 2 * features * each
     activations = np.where(rng.random((n, SPAN)) < 0.3, rng.random((n, SPAN)), 0)
     activations[:, 8] = 1 + rng.random(n)
+    ranges = np.where(np.arange(each) < each - 2, -1, np.arange(each) % 4)
     return pa.table(
         {
             "side": pa.array(["query", "key"]).take(pa.array(np.arange(n) // (features * each))),
             "feature": pa.array(np.arange(n) // each % features, pa.int32()),
-            "range": pa.array(np.tile(np.where(np.arange(each) < each - 2, -1, np.arange(each) % 4), 2 * features), pa.int8()),
+            "range": pa.array(np.tile(ranges, 2 * features), pa.int8()),
             "rank": pa.array(np.tile(np.arange(each), 2 * features), pa.int32()),
             "activation": pa.array(activations[:, 8], pa.float32()),
             "document": pa.array(rng.integers(0, 99, n)),

@@ -41,7 +41,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..decomposition import SIDES
 from ..errors import UserError
 from .queries import BadQuery, features_page, pairs_page
-from .store import Missing, Run
+from .store import Run
+from .tables import Missing
 
 STATIC = Path(__file__).parent / "static"
 HOST, PORT = "127.0.0.1", 8765
@@ -71,7 +72,11 @@ def serve(folder: Path, host: str = HOST, port: int = PORT) -> None:
     Thread(target=app.state.warm, daemon=True).start()
     name = f"[{host}]" if ":" in host else host
     print(f"qkscope: {folder} at http://{name}:{listener.getsockname()[1]}/ (Ctrl-C ends)", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listener])
+    uvicorn.Server(configured(app)).run(sockets=[listener])
+
+
+def configured(app: Starlette) -> uvicorn.Config:
+    return uvicorn.Config(app, log_level="warning", server_header=False)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,7 +86,12 @@ def _listen(host: str, port: int) -> socket.socket:
         kind, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(kind, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
+        try:
+            listener.bind(place)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"--host {host} --port {port}: {reason}; choose another --port or --host") from None
@@ -119,8 +129,8 @@ def make_app(folder: Path, host: str = HOST) -> Starlette:
         "{layer:int}/pair/{query}/{key}/{head}": lambda r: layer(r).pair(
             *(number(r, name) for name in ("query", "key", "head"))
         ),
-        "{layer:int}/head/{head}": lambda r: layer(r).head(number(r, "head")),
-        "{layer:int}/heads": lambda r: layer(r).likeness(),
+        "{layer:int}/head/{head}": lambda r: layer(r).of_heads.head(number(r, "head")),
+        "{layer:int}/heads": lambda r: layer(r).of_heads.likeness(),
         "{layer:int}/pattern/{head}": lambda r: layer(r).pattern(number(r, "head")),
     }
     routes: list[BaseRoute] = [Route(f"/data/{path}.json", _endpoint(answer)) for path, answer in numbers.items()]

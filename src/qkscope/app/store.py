@@ -23,27 +23,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from .. import __version__
 from ..decomposition import SIDES, read_run
 from ..errors import UserError
 from ..evaluate.stored import Layer, read
-from ..explain import heads as heads_room
-from ..explain.entries import NULLS, Entries, rewired
 from ..explain.names import FeatureNames
 from ..explain.opening import layer_folders
-from .tables import PAGE, KeyedRows, Table, plain
+from .head_store import HeadStore
+from .tables import PAGE, KeyedRows, Missing, Table, plain
 
-PARTNERS, HEAD_PAIRS, LIKE, SHARED = 200, 100, 5, 10
-DRAWS = 20  # of each null, for what is alike by chance ...
-CHANCE_PAIRS = 10_000  # ... and none for more pairs than these, which take some seconds
+PARTNERS = 200  # pairs of a feature that are read with it; all are in the table of pairs
 FEATURES_A_SHARD, PAIRS_A_SHARD, ROWS_A_CHUNK = 16, 64, 20_000
 FEATURE_NUMBERS = ("density", "importance", "pairs", "max_activation", "mean_activation", "by_position")
-
-
-class Missing(Exception):
-    """An address that names nothing; the message names no path."""
 
 
 class Run:
@@ -53,22 +45,22 @@ class Run:
         places = layer_folders(Path(folder))
         self.folder = places[0].parent
         self.config = read_run(self.folder)
-        self._layers = {int(p.name.removeprefix("layer_")): p for p in (place.resolve() for place in places)}
+        self.filess = {int(p.name.removeprefix("layer_")): p for p in (place.resolve() for place in places)}
         self._opened: dict[int, LayerStore] = {}
         self._lock = RLock()
 
     @property
     def numbers(self) -> list[int]:
-        return list(self._layers)
+        return list(self.filess)
 
     def layer(self, number: int) -> LayerStore:
         """A layer, opened when it is first asked for."""
-        if number not in self._layers:
+        if number not in self.filess:
             raise Missing(f"This run has no layer {number}.")
         with self._lock:
             if number not in self._opened:
                 site = (self.config.get("sites") or {}).get(number) or {}
-                self._opened[number] = LayerStore(self._layers[number], number, site)
+                self._opened[number] = LayerStore(self.filess[number], number, site)
             return self._opened[number]
 
     def warm(self) -> None:
@@ -113,9 +105,8 @@ class LayerStore:
 
     def __init__(self, folder: Path, number: int, site: dict[str, Any]) -> None:
         self.folder, self.number, self.site = folder, number, site
-        self._layer = Layer(folder, number)
+        self.files = Layer(folder, number)
         self._names = FeatureNames(folder)
-        self._lock = RLock()
         self.name = lru_cache(maxsize=None)(self._name)
 
     # Whole files
@@ -144,7 +135,7 @@ class LayerStore:
 
     def report(self) -> dict[str, Any]:
         """report.json, the model by its name and not by its place."""
-        found = dict(self._layer.report)
+        found = dict(self.files.report)
         if "model" in found:
             found["model"] = str(found["model"] or "").rstrip("/").rsplit("/", 1)[-1]
         if isinstance(given := found.get("given"), dict) and "source" in given:
@@ -182,7 +173,7 @@ class LayerStore:
         table = read(self.folder / "features.parquet", pq.read_table)
         if table is None:
             raise UserError(f"{self.folder / 'features.parquet'} is missing; qkscope evaluate writes it")
-        sides = {side: table.filter(pc.equal(table["side"], side)) for side in SIDES}
+        sides = {side: table.filter(_equal(table["side"], side)) for side in SIDES}
         return {side: part.take(np.argsort(part["feature"].to_numpy(), kind="stable")) for side, part in sides.items()}
 
     @cached_property
@@ -194,7 +185,7 @@ class LayerStore:
                 if name in table.column_names:
                     columns[name] = table[name].to_numpy()
             numbers = self._numbers[side].tolist()
-            known = [self._layer.known(side, feature) or {} for feature in numbers]
+            known = [self.files.known(side, feature) or {} for feature in numbers]
             if any(known):
                 columns["f1"] = np.asarray([one.get("f1", np.nan) for one in known], dtype=np.float64)
             columns["name"] = [self.name(side, feature) for feature in numbers]
@@ -227,22 +218,22 @@ class LayerStore:
         """All there is to show of one feature."""
         place = self._place(side, feature)
         row = self._statistics[side].slice(place, 1).to_pylist()[0]
-        known = self._layer.known(side, feature)
+        known = self.files.known(side, feature)
         examples = [
             {
                 "range": row.get("range", -1),
-                "activation": plain([row["activation"]])[0],
+                "activation": _single(row["activation"]),
                 "document": row["document"],
                 "position": row["position"],
                 "center": row["center"],
                 "tokens": row["tokens"],
                 "activations": plain(np.asarray(row["activations"], dtype=np.float32)),
             }
-            for row in (self._examples.of(SIDES.index(side) * self._key_width + feature) if self._examples else [])
+            for row in (self._examples.of(SIDES.index(side) * self.key_width + feature) if self._examples else [])
         ]
-        numbers = {name: plain([value])[0] for name, value in row.items() if isinstance(value, int | float)}
+        numbers = {name: _single(value) for name, value in row.items() if isinstance(value, int | float)}
         lists = {
-            name: plain(np.asarray(row[name])) if name != "top_tokens" else row[name]
+            name: [_single(value) for value in row[name]]
             for name in ("positions", "histogram", "top_tokens", "top_token_counts", "top_token_activations")
             if row.get(name) is not None
         }
@@ -265,15 +256,15 @@ class LayerStore:
         return place
 
     @cached_property
-    def _key_width(self) -> int:
+    def key_width(self) -> int:
         """More than any feature's number."""
         return 1 + max(int(numbers.max(initial=0)) for numbers in self._numbers.values())
 
     @cached_property
     def _examples(self) -> KeyedRows | None:
         def key(table: pa.Table) -> np.ndarray:
-            side = pc.equal(table["side"], SIDES[1]).to_numpy().astype(np.int64)
-            return side * self._key_width + table["feature"].to_numpy()
+            side = _equal(table["side"], SIDES[1]).to_numpy().astype(np.int64)
+            return side * self.key_width + table["feature"].to_numpy()
 
         return self._keyed("examples.parquet", ("side", "feature"), key)
 
@@ -282,7 +273,7 @@ class LayerStore:
         order, values = self._by_side[side]
         low, high = np.searchsorted(values, [feature, feature + 1])
         rows = np.sort(order[low:high])  # the table is by falling importance
-        return {"total": len(rows), **self._pair_rows(rows[:most])}
+        return {"total": len(rows), **self.pair_rows(rows[:most])}
 
     # Pairs
 
@@ -306,7 +297,7 @@ class LayerStore:
             out[side] = order, self.pairs.columns[side][order]
         return out
 
-    def _pair_rows(self, rows: np.ndarray) -> dict[str, Any]:
+    def pair_rows(self, rows: np.ndarray) -> dict[str, Any]:
         """Rows of the pair table, with what their features go by."""
         return self.named(self.pairs.take(rows))
 
@@ -326,9 +317,9 @@ class LayerStore:
         if head not in heads:
             raise Missing(f"Layer {self.number} keeps no pair of query feature {query} and key feature {key} "
                           f"in head {head}.")  # fmt: skip
-        examples = self._pair_examples.of(self._cell(query, key, head)) if self._pair_examples else []
+        examples = self._pair_examples.of(self.cell(query, key, head)) if self._pair_examples else []
         for row in examples:
-            row["effect"], row["pattern"] = plain([row["effect"], row["pattern"]])
+            row["effect"], row["pattern"] = _single(row["effect"]), _single(row["pattern"])
             for name in ("query_feature", "key_feature", "head", "rank"):
                 row.pop(name, None)
         return {
@@ -339,7 +330,7 @@ class LayerStore:
             "kept": len(self.pairs),
             "heads": self.pairs.take(rows)["columns"],
             "neighbours": self._neighbours(int(rows[heads == head][0])),
-            "linked": plain([self._layer.linked({"query_feature": query, "key_feature": key, "head": head})])[0],
+            "linked": plain([self.files.linked({"query_feature": query, "key_feature": key, "head": head})])[0],
             "examples": examples,
         }
 
@@ -351,8 +342,8 @@ class LayerStore:
             out[name] = [int(self.pairs.columns[c][other]) for c in ("query", "key", "head")] if inside else None
         return out
 
-    def _cell(self, query: Any, key: Any, head: Any) -> Any:
-        width = self._key_width + 1
+    def cell(self, query: Any, key: Any, head: Any) -> Any:
+        width = self.key_width + 1
         return (head * width + query + 1) * width + key + 1
 
     @cached_property
@@ -360,7 +351,7 @@ class LayerStore:
         names = ("query_feature", "key_feature", "head")
 
         def key(table: pa.Table) -> np.ndarray:
-            return self._cell(*(table[name].to_numpy().astype(np.int64) for name in names))
+            return self.cell(*(table[name].to_numpy().astype(np.int64) for name in names))
 
         return self._keyed("pair_examples.parquet", names, key)
 
@@ -369,89 +360,13 @@ class LayerStore:
 
     # Heads
 
-    def head(self, head: int) -> dict[str, Any]:
-        """One head: its pairs, the heads most like it and what it shares with them, its roles where they are known."""
-        if not 0 <= head < self.heads:
-            raise Missing(f"Layer {self.number} has no head {head}.")
-        rows = np.flatnonzero(self.pairs.columns["head"] == head)
-        figures = {
-            metric: {variant: f["per_head"][head] for variant, f in (self._layer.report.get(metric) or {}).items()
-                     if len(f.get("per_head") or []) > head}
-            for metric in ("pattern_kl", "top1")
-        }  # fmt: skip
-        roles = [one for one in self._layer.truth.get("heads", []) if one["head"] == head]
-        similar = self.similarity[head]
-        like = [n for n in np.argsort(-similar, kind="stable").tolist() if n != head and similar[n] > 0][:LIKE]
-        return {
-            "head": head,
-            "heads": self.heads,
-            **self.concentration[head],
-            **figures,
-            "roles": roles[0]["role_pairs"] if roles else [],
-            "strongest": {"total": len(rows), **self._pair_rows(rows[:HEAD_PAIRS])},
-            "similarity": plain(similar),
-            "like": [{"head": n, "similarity": plain([similar[n]])[0], **self._shared(head, n)} for n in like],
-        }
-
-    def _shared(self, one: int, other: int) -> dict[str, Any]:
-        """The pairs of two features that two heads both have, by the product of their importances."""
-        columns, (first, second) = self.pairs.columns, self._by_head[[one, other]]
-        _, a, b = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)
-        here, there = first[1][a], second[1][b]
-        worth = columns["importance"][here].astype(np.float64) * columns["importance"][there]
-        chosen = np.argsort(-worth, kind="stable")[:SHARED]
-        shared = self._pair_rows(here[chosen])
-        shared["columns"]["importance_there"] = plain(columns["importance"][there[chosen]])
-        return {"shared": len(here), **shared}
-
     @cached_property
-    def _by_head(self) -> np.ndarray:
-        """For each head, (query, key) of its pairs without a bias as one number, and their rows."""
-        columns = self.pairs.columns
-        cell = self._cell(columns["query"].astype(np.int64), columns["key"].astype(np.int64), 0)
-        two = (columns["query"] >= 0) & (columns["key"] >= 0)
-        out = np.empty(self.heads, dtype=object)
-        for n in range(self.heads):
-            rows = np.flatnonzero(two & (columns["head"] == n))
-            out[n] = cell[rows], rows
-        return out
-
-    def _entries(self, bias: bool) -> Entries:
-        columns, width = self.pairs.columns, self._key_width
-        kept = np.ones(len(self.pairs), dtype=bool) if bias else (columns["query"] >= 0) & (columns["key"] >= 0)
-        query, key, head = (torch.from_numpy(columns[n][kept].astype(np.int64)) for n in ("query", "key", "head"))
-        worth = torch.from_numpy(columns["importance"][kept].astype(np.float64))
-        last = torch.tensor(width)
-        query, key = query.where(query >= 0, last), key.where(key >= 0, last)
-        return Entries(query[None], key[None], head, worth[None], width, width, self.heads)
-
-    @cached_property
-    def similarity(self) -> np.ndarray:
-        """Cosine of the heads' importances over pairs of two features, float64 [N, N]."""
-        return heads_room.similarity(self._entries(False))[0].numpy()
-
-    @cached_property
-    def concentration(self) -> list[dict[str, Any]]:
-        """What each head's importance rests on, the biases' pairs included."""
-        return heads_room.concentration(self._entries(True))
-
-    def likeness(self) -> dict[str, Any]:
-        """Each head's likest and the clusters, beside chance; takes seconds, once. Of very many pairs nothing is drawn."""
-        with self._lock:
-            return self._likeness
-
-    @cached_property
-    def _likeness(self) -> dict[str, Any]:
-        entries = self._entries(False)
-        if len(entries) > CHANCE_PAIRS:
-            return {"draws": 0}
-        nulls = {null: rewired(entries, null, DRAWS) for null in NULLS}
-        found = heads_room.likeness(entries, nulls)
-        return {"draws": DRAWS, **{name: found[name] for name in ("heads", "cut", "clusters")}}
+    def of_heads(self) -> HeadStore:
+        return HeadStore(self)
 
     def pattern(self, head: int) -> dict[str, Any]:
         """One head's patterns on the stored text."""
-        found = self._layer.patterns
+        found = self.files.patterns
         one = next((one for one in found.get("heads", []) if one["head"] == head), None)
         if one is None:
             raise Missing(f"Layer {self.number} stores no pattern of head {head}.")
@@ -470,6 +385,15 @@ class LayerStore:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _single(value: Any) -> Any:
+    """A float32 that was read as a float64 with its own digits; anything else as it is."""
+    return plain(np.asarray([value], np.float32))[0] if isinstance(value, float) else value
+
+
+def _equal(values: Any, value: str) -> Any:
+    return pc.call_function("equal", [values, value])
 
 
 def _searched(name: dict[str, Any]) -> str:

@@ -17,7 +17,10 @@ import pyarrow.parquet as pq
 
 PAGE = 100  # rows of one page
 GROUPS_KEPT = 4  # decoded row groups of a file, about 50 MB each at their largest
-DIGITS = 7  # significant digits of a number as JSON: what float32 holds
+
+
+class Missing(Exception):
+    """An address that names nothing; the message names no path."""
 
 
 @dataclass
@@ -59,12 +62,12 @@ def _taken(values: Any, rows: np.ndarray) -> list[Any]:
 
 
 def plain(values: Any) -> list[Any]:
-    """Numbers as JSON knows them: float32's digits and no more, None for what is not finite."""
+    """Numbers as JSON knows them: no more digits than tell a float32 from its neighbours; None: not finite."""
     array = np.asarray(values)
     if array.dtype.kind != "f":
         return array.tolist()
-    rounded = np.char.mod(f"%.{DIGITS}g", array.astype(np.float64)).astype(np.float64)
-    return [value if good else None for value, good in zip(rounded.tolist(), np.isfinite(array).tolist(), strict=True)]
+    written = array.astype("U32").astype(np.float64)
+    return [value if good else None for value, good in zip(written.tolist(), np.isfinite(array).tolist(), strict=True)]
 
 
 class KeyedRows:
