@@ -431,7 +431,7 @@ def test_the_export_holds_what_the_server_says(folder: Path, get: Get, tmp_path:
         return json.loads((site / "data" / f"{name}.json").read_text())
 
     run = file("run")
-    assert run == {**get("run"), "static": True} and not run["live"]
+    assert run == {**get("run"), "static": True, "live": False}
     for about in run["layers"]:
         n, shards = about["layer"], about["shards"]
         assert file(f"{n}/report") == get(f"{n}/report") and file(f"{n}/head/2") == get(f"{n}/head/2")
