@@ -28,6 +28,8 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
   study      which heads do what a set of prompts asks for, by which pairs, and what goes without them
   compare    what of one run's features and pairs recurs in another's
   heads      what each head's pairs are, which heads share them, and the units they form
+  serve      a run's page on a local server
+  export     the same page as static files, for any web host
   bench      planted: every method on layers whose features and pairs are known
              quality: beside the published recipe, on layers of real models
 
@@ -136,6 +138,26 @@ class HeadsCommand(Config):
     """cpu, cuda, cuda:1 ..."""
 
 
+class ServeCommand(Config):
+    """The page of a finished run on a local server: its features, pairs and heads."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one layer's."""
+    host: str = "127.0.0.1"
+    """Where to listen; anything but this machine's own address shows the run to others."""
+    port: int = 8765
+    """0: any that is free."""
+
+
+class ExportCommand(Config):
+    """The page of a finished run as static files, for any web host and path; all but live tracing."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or one layer's."""
+    site: Path
+    """The folder to write; one that holds anything but an earlier export is not overwritten."""
+
+
 class PlantedCommand(Config):
     """Every method on planted layers, whose query features, key features and pairs are known, in one table."""
 
@@ -226,10 +248,18 @@ def _dispatch(argv: list[str]) -> None:
             chosen.folder, chosen.layer, top=chosen.top, rank=chosen.rank, distance=chosen.distance,
             path=chosen.json_file, device=chosen.device,
         )  # fmt: skip
+    elif command == "serve":
+        from .app.server import serve
+
+        serve(**dict(_parse(ServeCommand, rest, "qkscope serve", {})))
+    elif command == "export":
+        from .app.export import export
+
+        export(**dict(_parse(ExportCommand, rest, "qkscope export", {})))
     elif command == "bench":
         _bench(rest)
     else:
-        known = ["run", "evaluate", "trace", "study", "heads", "compare", "bench"]
+        known = ["run", "evaluate", "trace", "study", "heads", "compare", "serve", "export", "bench"]
         raise UserError(f"unknown command {command!r}{nearest(command, known)}; see qkscope --help")
 
 

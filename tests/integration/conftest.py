@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import small_runs
-from small_runs import OPTIONS, Said
+from small_runs import Said
 
-from qkscope.cli import main
 from qkscope.embedded import EMBEDDED_MODELS
 
 
@@ -43,12 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=EMBEDDED_MODELS)
 def embedded_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run of layer 2 of each embedded model on its own corpus."""
-    out = tmp_path_factory.mktemp("embedded") / "run"
-    options = {**OPTIONS, "layers": 2, "data.context": 96, "out": out, "training.batch-tokens": 400}
-    words = ["run", *(w for name, value in options.items() for w in (f"--{name}", str(value)))]
-    with small_runs.small_constants():
-        main([*words, *(["--model", request.param] if request.param != "stories-gpt2" else [])])
-    return out
+    return small_runs.save_embedded_run(tmp_path_factory.mktemp("embedded") / "run", request.param)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Trace:
     def of_head(self, head: int) -> Trace:
         """The same prompt in another head; nothing is computed again."""
         other = Trace(self.dec, self.inputs, self.tokens, head)
-        other.__dict__ |= {k: v for k, v in self.__dict__.items() if k in ("_acts", "_rows", "_scores_NQK")}
+        other.__dict__ |= {k: v for k, v in self.__dict__.items() if k in ("acts", "_rows", "_scores_NQK")}
         return other
 
     # What the heads do
@@ -81,9 +81,14 @@ class Trace:
     @property
     def pattern(self) -> dict[str, Tensor]:
         """The head's pattern by kind (`KINDS`), [Q, K]; one more column with a learned sink."""
+        return {kind: exp(log_pattern) for kind, log_pattern in self.log_pattern.items()}
+
+    @property
+    def log_pattern(self) -> dict[str, Tensor]:
+        """The same in logarithms, -inf where masked."""
         rule = self.inputs.one_head(self.head).rule
         return {
-            kind: exp(rule.masked(rule.cap(scores[None, None])).log_softmax(-1))[0, 0]
+            kind: rule.masked(rule.cap(scores[None, None])).log_softmax(-1)[0, 0]
             for kind, scores in self.scores.items()
         }
 
@@ -107,7 +112,7 @@ class Trace:
 
     @cached_property
     @torch.no_grad()
-    def _acts(self) -> tuple[Tensor, Tensor]:
+    def acts(self) -> tuple[Tensor, Tensor]:
         """Activations of both sides, bias behind them, [T, F + 1]."""
         x = self.dec.x_of(self.inputs)[0]
         return with_bias(self.dec.query.encode(x)), with_bias(self.dec.key.encode(x))
@@ -187,7 +192,7 @@ class Trace:
         """Kept pairs of the head that are active at query i, as places in `dec.pairs` [S], and what they add to its
         scores, [S, K]."""
         pairs, rule = self.dec.pairs, self.inputs.rule
-        acts_q, acts_k = self._acts
+        acts_q, acts_k = self.acts
         in_head = torch.arange(*pairs.of_head(self.head).indices(len(pairs))[:2], device=acts_q.device)
         index = in_head[acts_q[i, pairs.query_P[in_head]] != 0]
         a_S, b_S = pairs.query_P[index], pairs.key_P[index]
@@ -211,7 +216,7 @@ class Trace:
     @torch.no_grad()
     def _all_terms(self, i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
         """Every pair of features active at a query and a key, and what it adds to their score."""
-        acts_q, acts_k = self._acts
+        acts_q, acts_k = self.acts
         a_A, b_U = acts_q[i].nonzero()[:, 0], acts_k[j].nonzero()[:, 0]
         if self.inputs.rule.rotary is not None:
             m_AU = self._turned(i, a_A, b_U)[..., j]

@@ -50,7 +50,7 @@ ARTEFACT = (
 )
 
 
-def argv(out: Path, model: Path, source: Path, changes: dict[str, Any] | None = None) -> list[str]:
+def argv(out: Path, model: Path | str, source: Path | None, changes: dict[str, Any] | None = None) -> list[str]:
     """The words of `qkscope run` with the small options and some changed ones; None leaves an option out."""
     options = {"model": model, "data.source": source, "out": out, **OPTIONS, **(changes or {})}
     words = ["run"]
@@ -73,6 +73,13 @@ def finish(words: list[str]) -> None:
     """Give a command that succeeds, outside of a test."""
     with small_constants():
         main(words)
+
+
+def save_embedded_run(out: Path, model: str, layers: int | tuple[int, ...] = 2) -> Path:
+    """A finished small run of an embedded model on its own corpus."""
+    options = {**OPTIONS, "layers": layers, "data.context": 96, "training.batch-tokens": 400}
+    finish(argv(out, model, None, options))
+    return out
 
 
 class Said(NamedTuple):
