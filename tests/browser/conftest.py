@@ -1,0 +1,121 @@
+"""One browser a session, pages that fail a test when anything is said on their console, and servers to open."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_runs
+import uvicorn
+
+from qkscope.app.export import export
+from qkscope.app.server import _listen, configured, make_app
+
+CHROMIUM = Path("/usr/bin/chromium")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
+         "--disable-component-update", "--no-first-run", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}: the page's tests drive Debian's chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=str(CHROMIUM), args=QUIET)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A browser's page of its own; the test fails where its console has an error or a warning, or asks elsewhere."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(10_000)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda r: None if r.url.startswith("http://127.0.0.1:") else wrong.append(r.url))
+    page.wrong = wrong
+    yield page
+    page.close()
+    assert not wrong
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The run's page on a server of this process; its address."""
+    listener = _listen("127.0.0.1", 0)
+    running = uvicorn.Server(configured(make_app(folder)))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    finally:
+        running.should_exit = True
+        thread.join()
+        listener.close()
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def hosting(folder: Path) -> Iterator[str]:
+    """Files of a folder on a plain web host; its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder))) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_address[1]}/"
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def run_folder(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run of layer 2 of an embedded model."""
+    many = {"pairs.method": "importance", "pairs.count": 1500}  # tune would leave few features of so little training
+    return small_runs.save_embedded_run(tmp_path_factory.mktemp("page") / "run", "stories-gpt2", many)
+
+
+@pytest.fixture(scope="session")
+def served(run_folder: Path) -> Iterator[str]:
+    with serving(run_folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The run's export below a path of a web host."""
+    host = tmp_path_factory.mktemp("host")
+    export(run_folder, host / "some" / "where")
+    with hosting(host) as address:
+        yield f"{address}some/where/"
+
+
+@pytest.fixture
+def open_view(tab: Any) -> Callable[..., Any]:
+    """Go to an address and wait until its view is there."""
+
+    def go(address: str, hash_: str = "#/") -> Any:
+        tab.goto(address + hash_)
+        shown(tab, hash_)
+        return tab
+
+    return go
+
+
+def shown(tab: Any, hash_: str | None = None) -> None:
+    """Wait until the view of the page's address (or of this one) is drawn."""
+    tab.wait_for_function("hash => document.body.dataset.shown === (hash ?? location.hash)", arg=hash_)
