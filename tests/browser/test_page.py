@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from artefacts import HOSTILE, save_artefact
-from conftest import serving, shown  # type: ignore[attr-defined]
+from pages import serving, shown
 
 Open = Callable[..., Any]
 LAYER = 2
@@ -70,9 +70,15 @@ def test_features_are_browsed(address: str, open_view: Open) -> None:
     shown(tab)
     kept = [number(text) for text in cells(tab, 3)]
     assert kept == [d for d in sorted(density) if d >= 5] and tab.input_value("input[name=min_density]") == "5"
+    tab.evaluate("scrollTo(0, 120)")
     tab.go_back()
     shown(tab)
     assert len(cells(tab, 3)) == len(density)
+    tab.go_forward()
+    shown(tab)
+    assert tab.evaluate("scrollY") == min(120, tab.evaluate("document.documentElement.scrollHeight - innerHeight"))
+    tab.go_back()
+    shown(tab)
     tab.get_by_role("link", name="key features").click()
     shown(tab)
     assert all(text.startswith("k") for text in cells(tab, 1))
@@ -193,6 +199,7 @@ def test_addresses_that_name_nothing(address: str, tab: Any) -> None:
         ("#/layer/9/features", "no layer 9"),
         (f"#/layer/{LAYER}/feature/query/99999", "query feature 99999"),
         (f"#/layer/{LAYER}/feature/side/1", "no such page"),
+        (f"#/layer/{LAYER}/pair/31/31/99", "keeps no pair"),
         ("#/%E0%A4%A", "no such page"),
     ):
         tab.goto(address + hash_)

@@ -271,7 +271,7 @@ ESCAPES = (
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Any:
     """A real server: no client mends an address on its way there."""
-    listener = server._listen("127.0.0.1", 0)
+    listener = server.listen("127.0.0.1", 0)
     running = uvicorn.Server(server.configured(make_app(folder)))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -408,7 +408,7 @@ def test_any_text_is_whole(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="not a qkscope run"):
         make_app(tmp_path / "nothing")
-    taken = server._listen("127.0.0.1", 0)
+    taken = server.listen("127.0.0.1", 0)
     try:
         with pytest.raises(UserError, match=r"--port \d+: Address already in use"):
             server.serve(folder, port=taken.getsockname()[1])
