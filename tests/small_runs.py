@@ -75,10 +75,10 @@ def finish(words: list[str]) -> None:
         main(words)
 
 
-def save_embedded_run(out: Path, model: str, layers: int | tuple[int, ...] = 2) -> Path:
-    """A finished small run of an embedded model on its own corpus."""
-    options = {**OPTIONS, "layers": layers, "data.context": 96, "training.batch-tokens": 400}
-    finish(argv(out, model, None, options))
+def save_embedded_run(out: Path, model: str, changes: dict[str, Any] | None = None) -> Path:
+    """A finished small run of layer 2 of an embedded model on its own corpus."""
+    options = {"layers": 2, "data.context": 96, "training.batch-tokens": 400, "data.source": None}
+    finish(argv(out, model, None, {**options, **(changes or {})}))
     return out
 
 

@@ -139,9 +139,8 @@ def test_pairs_are_found_and_paged(folder: Path, get: Get) -> None:
         rows = [tuple(row[n] for n in names) for page in pages for row in rows_of(page)]
         assert rows == [tuple(row[n] for n in names.values()) for row in wanted]
     by_strength = rows_of(get("1/pairs", sort="strength", order="asc"))
-    assert [r["strength"] for r in by_strength] == sorted(plain(np.asarray([r["strength"] for r in kept], np.float32)))[
-        :PAGE
-    ]
+    strengths = plain(np.asarray([row["strength"] for row in kept], np.float32))
+    assert [row["strength"] for row in by_strength] == sorted(strengths)[:PAGE]
 
 
 def test_pairs_are_found_by_a_word_of_either_side(get: Get) -> None:
@@ -165,9 +164,8 @@ def test_a_feature_is_what_the_files_say(folder: Path, get: Get) -> None:
     kept = pq.read_table(folder / "layer_0" / "examples.parquet").to_pylist()
     kept = [row for row in kept if (row["side"], row["feature"]) == ("key", 7)]
     assert [e["tokens"] for e in found["examples"]] == [row["tokens"] for row in kept] and kept
-    assert [np.asarray(e["activations"], np.float32).tolist() for e in found["examples"]] == [
-        row["activations"] for row in kept
-    ]
+    for example, row in zip(found["examples"], kept, strict=True):
+        assert np.asarray(example["activations"], np.float32).tolist() == row["activations"]
     pairs = pq.read_table(folder / "layer_0" / "pairs.parquet").to_pylist()
     pairs = sorted((row for row in pairs if row["key_feature"] == 7), key=lambda row: -row["importance"])
     partners = found["partners"]
@@ -273,7 +271,7 @@ ESCAPES = (
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Any:
     """A real server: no client mends an address on its way there."""
-    listener = server._listen("127.0.0.1", 0)
+    listener = server.listen("127.0.0.1", 0)
     running = uvicorn.Server(server.configured(make_app(folder)))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -410,7 +408,7 @@ def test_any_text_is_whole(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="not a qkscope run"):
         make_app(tmp_path / "nothing")
-    taken = server._listen("127.0.0.1", 0)
+    taken = server.listen("127.0.0.1", 0)
     try:
         with pytest.raises(UserError, match=r"--port \d+: Address already in use"):
             server.serve(folder, port=taken.getsockname()[1])

@@ -68,7 +68,7 @@ mimetypes.add_type("text/javascript", ".js")  # some systems call it text/plain,
 def serve(folder: Path, host: str = HOST, port: int = PORT) -> None:
     """Serve a run's page until interrupted; `UserError` for what is no finished run and for an address in use."""
     app = make_app(folder, host)
-    listener = _listen(host, port)
+    listener = listen(host, port)
     Thread(target=app.state.warm, daemon=True).start()
     name = f"[{host}]" if ":" in host else host
     print(f"qkscope: {folder} at http://{name}:{listener.getsockname()[1]}/ (Ctrl-C ends)", flush=True)
@@ -79,7 +79,7 @@ def configured(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(app, log_level="warning", server_header=False)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: name a port from 0 (any that is free) to 65535")
     try:

@@ -13,11 +13,17 @@ import { tips } from "./tip.js";
 
 const VIEWS = ["overview", "features", "feature", "pairs", "pair", "head", "prompt"];
 let leaving = new AbortController();
+let [here, back] = ["", false]; // the address that is shown, and whether history leads to the next
+const scrolled = new Map(); // how far down each address was left
 
 async function show() {
   leaving.abort();
   leaving = new AbortController();
   const { signal } = leaving;
+  scrolled.set(here, scrollY);
+  here = location.hash;
+  const down = back ? (scrolled.get(here) ?? 0) : 0;
+  back = false;
   const found = parse(location.hash);
   const root = h("main", { id: "view", tabindex: "-1" });
   const late = setTimeout(() => place(root, h("p", { class: "state", role: "status" }, "Loading …")), 150);
@@ -40,20 +46,23 @@ async function show() {
     api.run = await run();
     api.live = api.run.live;
     header(document.getElementById("top"), api.run, found, api);
+    if (found?.view === "prompt" && !api.live) throw new Problem("Tracing a prompt needs qkscope serve, where the model is.");
     if (!found || !VIEWS.includes(found.view)) throw new Problem("There is no such page.");
     if (found.params.layer !== undefined && !api.run.layers.some((layer) => layer.layer === found.params.layer))
       throw new Problem(`This run has no layer ${found.params.layer}.`);
     const view = await import(`./views/${found.view}.js`);
     const filled = h("main", { id: "view", tabindex: "-1", class: found.view });
     await view.render(filled, found.params, api);
-    if (!signal.aborted) place(filled);
+    if (signal.aborted) return;
+    place(filled);
+    scrollTo(0, down);
   } catch (error) {
     if (signal.aborted) return;
     if (!(error instanceof Problem)) console.error(error);
     place(root, problem(error instanceof Problem ? error.message : "Something on this page went wrong."));
   } finally {
     clearTimeout(late);
-    document.body.dataset.shown = location.hash;
+    if (!signal.aborted) document.body.dataset.shown = here;
   }
 
   function place(main, ...children) {
@@ -86,6 +95,8 @@ function run() {
   return known;
 }
 
+history.scrollRestoration = "manual";
+globalThis.navigation?.addEventListener("navigate", (event) => (back = event.navigationType === "traverse"));
 addEventListener("hashchange", show);
 keys();
 tips();

@@ -104,5 +104,4 @@ function switchTheme() {
   } catch {
     // chosen for this visit only
   }
-  dispatchEvent(new Event("themechange"));
 }

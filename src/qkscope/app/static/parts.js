@@ -2,7 +2,6 @@
 
 import { h } from "./dom.js";
 import { millinats, nameOf, number, short } from "./format.js";
-import { clean } from "./tokens.js";
 
 /** A feature by its number and what it goes by, as a link; the bias is no link. */
 export function featureLink(api, layer, side, feature, name, attributes = {}) {
@@ -78,5 +77,3 @@ export function framed(title, drawing, note, legend) {
 export function legend(entries) {
   return h("p", { class: "legend" }, entries.map(([kind, words]) => h("span", null, h("i", { class: `mark ${kind}` }), words)));
 }
-
-export const plain = clean;
