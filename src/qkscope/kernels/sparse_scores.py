@@ -7,8 +7,8 @@ turns with the position). For every (key feature b, sequence), a cell, the query
 
     y[cell, i] = Σ_{e at i} S[feature_e, b] · u_e                 only at tokens i with such an event,
 
-and y is multiplied with the cell's few keys. Cells of about as many keys stand together (up to a factor of two, filled
-up with zeros) and their rows of y in tiles of `TILE`, so that a layer takes a few batched products, whose results are
+and y is multiplied with the cell's few keys. Cells of about as many keys stand together (up to half as many more,
+filled up with zeros), their rows of y in tiles of `TILE`, so that all take a few batched products, whose results are
 added into the scores. The gradients are written down: the backward pass makes y again instead of keeping it.
 
 Shapes: L query events, M key events, P values of S, H width, E meetings of a query event with one of its feature's
@@ -54,7 +54,7 @@ class Cells:
     place_FB: Tensor
     """Number of each cell."""
     ends: list[int]
-    """Where the cells of up to 1, 2, 4, 8 ... keys end."""
+    """Where the cells of up to 1, 2, 3, 4, 6, 8 ... keys end."""
     keys: list[Tensor]
     """Key events of each of these groups, int64 [cells, K], M where a cell has fewer."""
     positions: list[Tensor]
@@ -67,7 +67,9 @@ class Cells:
         cell_M = keys.feature_L * batch + keys.token_L // length
         count = torch.bincount(cell_M, minlength=n_features * batch)
         first = count.cumsum(0) - count
-        sizes = [1 << i for i in range((length - 1).bit_length() + 1)]
+        sizes = [1]  # 1, 2, 3, 4, 6, 8, 12, 16 ...
+        while sizes[-1] < length:
+            sizes.append(sizes[-1] * 4 // 3 if sizes[-1] % 3 == 0 else -(-sizes[-1] * 3 // 2))
         group = torch.bucketize(count, torch.tensor(sizes, device=device))
         group = torch.where(count > 0, group, len(sizes))
         order = group.argsort(stable=True)
@@ -169,7 +171,8 @@ class _SparseScores(torch.autograd.Function):
         with torch.enable_grad():
             weight_E = s_P.detach().index_select(0, meet.pair_E).requires_grad_()
             y = _sums(meet.event_E, u_LH.detach(), meet.start_R, weight_E)
-        y_CTH, to_y, to_v = _tiles(y.detach()), torch.zeros_like(y), v_MH.new_zeros(len(v_MH) + 1, width)
+        y_CTH, to_y, to_v = _tiles(y.detach()), torch.empty_like(y), v_MH.new_zeros(len(v_MH) + 1, width)
+        to_y[-1] = 0  # for what meets no key; the tiles are all written
         to_y_CTH = _tiles(to_y)
         for (tiles, cell_C, keys_CKH, place), (*_, group) in zip(
             _products(v_MH, meet, ctx.cells), meet.groups, strict=True

@@ -164,7 +164,7 @@ def _rotary_scores(
     batch, length = acts_q_BTF.shape[:2]
     order, phase = rotary.phases()
     phase_nh = phase.expand(batch, -1, -1).flatten(0, 1)
-    rows_q, rows_k = rows_q[..., order], rows_k[..., order]
+    heads_q, groups_k = rows_q[..., order].unbind(1), rows_k[..., order].unbind(1)
     # The query's bias is at every token: it meets the sum of its keys instead of each of them.
     queries = Events.by_token(on_q_BTF.flatten(0, 1)[:, : pairs.n_query])
     keys = Events.by_feature(on_k_BTF.flatten(0, 1))
@@ -180,8 +180,8 @@ def _rotary_scores(
     for head in range(pairs.n_heads):
         here = pairs.of_head(head)
         bias = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # its pairs are the head's last
-        u_LH = vectors(rows_q[:, head], a_q_L, queries, phase_Lh)
-        v_MH = vectors(rows_k[:, head * rows_k.shape[1] // pairs.n_heads], a_k_M, keys, phase_Mh)
+        u_LH = vectors(heads_q[head], a_q_L, queries, phase_Lh)
+        v_MH = vectors(groups_k[head * len(groups_k) // pairs.n_heads], a_k_M, keys, phase_Mh)
         pair = slice(here.start, bias)
         found = sparse_scores(u_LH, v_MH, strength_P[pair], pairs.query_P[pair], pairs.key_P[pair], queries, cells)
         if bias < here.stop:
@@ -189,7 +189,7 @@ def _rotary_scores(
             strength_F = strength_P.new_zeros(pairs.n_key + 1).index_put((pairs.key_P[pair],), strength_P[pair])
             sums_nH = v_MH.new_zeros(batch * length, v_MH.shape[1])
             sums_nH = sums_nH.index_add(0, keys.token_L, v_MH * strength_F[keys.feature_L, None])
-            query_BTH = turn(rows_q[-1, head].expand(len(phase), length, 1, -1), phase)[:, :, 0] * acts_q_BTF[..., -1:]
+            query_BTH = turn(heads_q[head][-1].expand(len(phase), length, 1, -1), phase)[:, :, 0] * acts_q_BTF[..., -1:]
             found = found + query_BTH @ sums_nH.view(batch, length, -1).transpose(1, 2)
         scores.append(found)
     return torch.stack(scores, 1)
