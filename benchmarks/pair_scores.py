@@ -74,16 +74,18 @@ def dense_rotary(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tenso
 
 
 def sparse(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
-    return pair_scores(pairs, *leaves, rule)
+    strength_P, acts_q, acts_k, rows_q, rows_k = leaves
+    return pair_scores(pairs, strength_P, acts_q, acts_k, rows_q, rows_k, rule)
 
 
 def as_events(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
     """The map without a rotary embedding as one that turns nothing: a plane whose vectors are (1, 0)."""
-    one = torch.tensor([1.0, 0.0])
-    rows = [one.expand(leaf.shape[0], leaf.shape[1], 2) for leaf in leaves[3:]]
-    length = leaves[1].shape[1]
+    strength_P, acts_q, acts_k, rows_q, rows_k = leaves
+    ones_q, ones_k = (torch.tensor([1.0, 0.0]).expand(*rows.shape[:2], 2) for rows in (rows_q, rows_k))
+    length = acts_q.shape[1]
     still = Rotary(torch.ones(1, length, 2), torch.zeros(1, length, 2), torch.tensor([1, 0]))
-    return pair_scores(pairs, *leaves[:3], *rows, PatternRule(rule.visible_BQK, rule.scaling, rotary=still))
+    turning = PatternRule(rule.visible_BQK, rule.scaling, rotary=still)
+    return pair_scores(pairs, strength_P, acts_q, acts_k, ones_q, ones_k, turning)
 
 
 WAYS: dict[str, tuple[bool, str, Callable[[Pairs, list[Tensor], PatternRule], Tensor]]] = {

@@ -134,7 +134,7 @@ class _Meetings:
         size_R = size.new_zeros(total + 1).index_copy(0, row, size)
         begin_R = size.new_zeros(total).index_copy(0, row, code % (batch * length) * length)
         by_event = torch.full((len(event),), total, dtype=torch.int32, device=device)
-        by_event[order] = row.int().index_select(0, row_E)
+        by_event.scatter_(0, order, row.int().index_select(0, row_E))
         ends, groups = torch.cat([until.new_zeros(1), until])[cells.ends].tolist(), []
         for group, (start, end, tile, tile_end) in enumerate(
             zip([0, *cells.ends], cells.ends, [0, *ends], ends, strict=False)
