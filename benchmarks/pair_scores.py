@@ -50,6 +50,19 @@ SHAPES = {
 }
 
 
+LAYOUTS: dict[int, SparseLayout] = {}
+
+
+def wide_layout(pairs: Pairs, head: int, width: int) -> SparseLayout:
+    """A head's matrix with `width` columns a key feature; made once, as before."""
+    if head not in LAYOUTS:
+        used, column = pairs.key_columns[head]
+        columns = (column[:, None] * width + torch.arange(width)).flatten()
+        rows = pairs.query_P[pairs.of_head(head)].repeat_interleave(width)
+        LAYOUTS[head] = SparseLayout.of(rows, columns, pairs.n_query + 1, len(used) * width)
+    return LAYOUTS[head]
+
+
 def dense_rotary(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
     """The former way: all key features that a head uses, H columns each, at every token."""
     strength_P, acts_q, acts_k, rows_q, rows_k = leaves
@@ -61,12 +74,9 @@ def dense_rotary(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tenso
     rows_q, rows_k = rows_q[..., order], rows_k[..., order]
     width, scores = rows_q.shape[-1], []
     for head in range(pairs.n_heads):
-        here = pairs.of_head(head)
-        used, column = pairs.key_columns[head]
-        places = pairs.query_P[here].repeat_interleave(width), (column[:, None] * width + torch.arange(width)).flatten()
-        layout = SparseLayout.of(*places, pairs.n_query + 1, len(used) * width)
+        here, used = pairs.of_head(head), pairs.key_columns[head][0]
         values = strength_P[here, None] * rule.scaling * rows_q[pairs.query_P[here], head]
-        y = sparse_linear(flat_Fn, values.flatten(), layout, active).T
+        y = sparse_linear(flat_Fn, values.flatten(), wide_layout(pairs, head, width), active).T
         y = turn(y.reshape(batch, length, len(used), width), phase).flatten(2)
         turned = turn(rows_k[used, head * rows_k.shape[1] // pairs.n_heads].expand(1, length, -1, -1), phase)
         scores.append(y @ (acts_k[..., used, None] * turned).flatten(2).transpose(1, 2))
