@@ -201,12 +201,13 @@ def _add_rotary(
         seen_M, place_M = key_M.unique_consecutive(return_inverse=True)
         mean = left.new_zeros(len(seen_M), len(token_L))
         square = torch.zeros_like(mean)
+        by_key = [weights[b].T.contiguous() for weights in ((first,) if second is first else (first, second))]
         for part in torch.arange(len(token_M), device=left.device).split(max(MEETING_ELEMENTS // len(token_L), 1)):
             delta = v_MH[part] @ u_LH.T
-            weight = first[b].T[token_M[part]].index_select(1, token_L)
+            weight = by_key[0].index_select(0, token_M[part]).index_select(1, token_L)
             mean.index_add_(0, place_M[part], weight.mul(delta))
             if second is not first:
-                weight = second[b].T[token_M[part]].index_select(1, token_L)
+                weight = by_key[1].index_select(0, token_M[part]).index_select(1, token_L)
             square.index_add_(0, place_M[part], weight.mul_(delta).mul_(delta))
         variance = square.sub_(mean.square_())
         moment[:, seen_M] += left.new_zeros(len(left), len(seen_M)).index_add_(0, query_L, variance.T)
