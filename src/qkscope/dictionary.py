@@ -103,6 +103,13 @@ class SparseTranscoder(nn.Module):
         return acts * (sizes > self.threshold)
 
     @torch.no_grad()
+    def reach(self, pre_nF: Tensor, acts_nF: Tensor) -> Tensor:
+        """Which activations have a gradient, bool [n, F]: the active ones, and JumpReLU's near their thresholds."""
+        if self.activation != "jumprelu":
+            return acts_nF > 0
+        return (acts_nF > 0) | (_nearness(pre_nF.relu() * self.norms(), self.threshold) > 0)
+
+    @torch.no_grad()
     def _follow(self, cut: Tensor) -> None:
         memory = torch.where(self.threshold[0] > 0, THRESHOLD_MEMORY, 0.0)  # the first batch sets it
         self.threshold.lerp_(cut.expand_as(self.threshold), 1 - memory)
@@ -143,6 +150,12 @@ class SparseTranscoder(nn.Module):
         return (_Step.apply(sizes, self.threshold).sum(-1).mean() / self.k - 1) ** 2  # type: ignore[union-attr]
 
 
+def _nearness(sizes: Tensor, threshold: Tensor) -> Tensor:
+    """The rectangle kernel of the straight-through estimate: of area 1 around the threshold."""
+    width = JUMP_BANDWIDTH * threshold.clamp(min=1e-3)
+    return ((sizes - threshold).abs() < width / 2) / width
+
+
 class _JumpReLU(torch.autograd.Function):
     """a · [a·norm > θ], with the rectangle-kernel estimate of the gradient in θ."""
 
@@ -156,8 +169,7 @@ class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         acts, sizes, threshold, on = ctx.saved_tensors
-        width = JUMP_BANDWIDTH * threshold.clamp(min=1e-3)
-        near = ((sizes - threshold).abs() < width / 2) / width
+        near = _nearness(sizes, threshold)
         return grads[0] * on, -(grads[0] * acts * near).sum(0), None
 
 
@@ -172,6 +184,5 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         sizes, threshold = ctx.saved_tensors
-        width = JUMP_BANDWIDTH * threshold.clamp(min=1e-3)
-        near = ((sizes - threshold).abs() < width / 2) / width
+        near = _nearness(sizes, threshold)
         return None, -(grads[0] * near).sum(0)

@@ -23,7 +23,6 @@ from layers import (
     some_inputs,
     some_of,
     some_sides,
-    strengths_of,
     turn_matrix,
 )
 from torch import Tensor
@@ -214,25 +213,31 @@ def test_bias_rows_are_b_out() -> None:
     assert with_bias(torch.zeros(2, 3, 4)).sum((0, 1)).tolist() == [0, 0, 0, 0, 6]
 
 
-def test_every_gradient_reaches_its_source() -> None:
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_gradient_reaches_its_source(name: str) -> None:
     """Strengths, activations and (with a rotary embedding) decoder rows learn as through a dense float64 map."""
-    for rotary in (None, "half"):
-        inputs = some_inputs(39, rotary=rotary, softcap=2.0)
-        sides = some_sides(inputs, widths=(4, 3))
-        pairs = some_of(pairs_of(inputs, sides), 0.6)
-        strength = strengths_of(inputs, sides, pairs).detach()
-        acts = [with_bias(side.encode(inputs.x_BTD)).detach() for side in sides]
-        leaves = [t.clone().requires_grad_() for t in (strength, *acts, *rows_of(inputs, sides))]
-        found = pair_scores(pairs, leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], inputs.rule)
-        cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
-        slow = [t.detach().double().requires_grad_() for t in leaves]
-        wanted = dense_map(pairs, slow, inputs.rule)
+    inputs = some_inputs(39, length=5, **LAYERS[name])
+    sides = some_sides(inputs, widths=(4, 3))
+    pairs = some_of(pairs_of(inputs, sides), 0.6)
+    strength = torch.randn(len(pairs), generator=torch.Generator().manual_seed(1))
+    acts = [with_bias(side.encode(inputs.x_BTD)).detach() for side in sides]
+    leaves = [t.clone().requires_grad_() for t in (strength, *acts, *rows_of(inputs, sides))]
+    slow = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = dense_map(pairs, slow, inputs.rule)
+    cotangent = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0))
+    used = 5 if inputs.rule.rotary is not None else 3
+    wanted_grads = torch.autograd.grad(wanted, slow[:used], cotangent.double())
+    everywhere = (torch.ones_like(acts[0], dtype=torch.bool), torch.ones_like(acts[1], dtype=torch.bool))
+    for reach in (None, everywhere):
+        found = pair_scores(pairs, leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], inputs.rule, reach)
         close(found.detach(), wanted.detach(), 1e-5)
-        used = leaves if rotary else leaves[:3]
-        got = torch.autograd.grad(found, used, cotangent)
-        for one, two in zip(got, torch.autograd.grad(wanted, slow[: len(used)], cotangent.double()), strict=True):
-            active = two.abs() > 0
-            assert active.any()
+        for place, (one, two) in enumerate(
+            zip(torch.autograd.grad(found, leaves[:used], cotangent), wanted_grads, strict=True)
+        ):
+            assert (two.abs() > 0).any()
+            if reach is None and used == 5 and place in (1, 2):  # zero activations let no gradient pass
+                assert (acts[place - 1] == 0).any() and (one[acts[place - 1] == 0] == 0).all()
+                two = two * (acts[place - 1] != 0)
             close(one, two, 1e-4)
 
 

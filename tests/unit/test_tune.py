@@ -25,6 +25,8 @@ from layers import (
 )
 from torch import Tensor
 
+from qkscope import dictionary
+from qkscope.dictionary import SparseTranscoder
 from qkscope.pairs.tune import MapJob
 from qkscope.pattern import AttentionInputs
 from qkscope.training.objective import PatternTarget
@@ -117,6 +119,37 @@ def test_jumprelu_thresholds_learn_only_when_tuned() -> None:
         job = some_job(inputs, 0.5, tuned, "jumprelu")
         job.parameter_groups()
         assert job.query.threshold.requires_grad is tuned and job.key.threshold.requires_grad is tuned
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("name", ["half-split", "partial", "all"])
+def test_dictionaries_learn_as_with_gradients_of_all_activations(
+    name: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rotary map makes gradients of some activations only: of all that have one to pass on."""
+    inputs = some_inputs(60, length=6, **LAYERS[name])
+    job = some_job(inputs, 0.6, True, activation)
+    if activation == "jumprelu":  # wide enough that some activations fall just short of it
+        monkeypatch.setattr(dictionary, "JUMP_BANDWIDTH", 0.8)
+        side, x = job.query, inputs.x_BTD[inputs.real_BT]
+        assert (side.reach(side.pre(x), side.encode(x)) & (side.encode(x) == 0)).any()
+    parameters = [p for group in job.parameter_groups() for p in group["params"]]
+    learned = []
+    for everywhere in (False, True):
+        if everywhere:
+            monkeypatch.setattr(
+                SparseTranscoder, "reach", lambda self, pre, acts: torch.ones_like(pre, dtype=torch.bool)
+            )
+        loss, _ = job.loss(PatternTarget(inputs), OFF)
+        learned.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    reached = 0
+    for one, two in zip(*learned, strict=True):
+        if two is None:
+            assert one is None
+            continue
+        reached += bool(two.abs().max() > 1e-6)
+        close(one, two, 1e-5)
+    assert reached >= (11 if activation == "jumprelu" else 9)
 
 
 def test_frozen_dictionaries_choose_as_a_reader_would() -> None:

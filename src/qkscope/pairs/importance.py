@@ -4,10 +4,10 @@ Taking a pair out changes score row i by δ_ij, which to second order costs ½·
 
     I[a,b,h] = ½ · scale² · E_i[ a_q[i,a]² · Var_{j∼P_i}( M[a,b,h](i-j) · a_k[j,b] ) ]
 
-Without a rotary embedding M leaves the variance and one product a head ranks every pair. With one, the joint sum over
-positions is a product too: over each query feature's rotated row and what its query sees of each key feature. Blocks of
-[query features, key features] of one head go by, one at a time, and the best pairs stay in a bounded list. A soft cap
-enters by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
+Without a rotary embedding M leaves the variance and one product a head ranks every pair. With one, the terms of the
+variance are made for every active feature of a query and every active feature of a key; both are few. Blocks of [query
+features, key features] of one head go by, one at a time, and the best pairs stay in a bounded list. A soft cap enters
+by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
 
 Shapes as in pair_map.py; a batch's tokens are its unpadded ones.
 """
@@ -24,13 +24,11 @@ from ..dictionary import SparseTranscoder
 from ..kernels.row_kl import exp
 from ..pattern import AttentionInputs
 from ..training.start import slopes
-from .pair_map import Pairs, rows, with_bias
+from .pair_map import Pairs, rows, turn, with_bias
 
 KEPT_ELEMENTS = 1 << 27  # activations of a sample that stay in memory while its heads go by: 512 MB
 BLOCK_ELEMENTS = 1 << 26  # elements of one [query features, key features] block: 256 MB in float32
-MOMENT_ELEMENTS = 1 << 24  # elements of the moments of one sequence with a rotary embedding
-EXACT_WIDTH = 16  # heads up to this wide: exact second moments, (H+1)/2 times the cost of the mean
-PROBES = 4  # random signs for wider heads, each the cost of the mean
+MEETING_ELEMENTS = 1 << 20  # meetings of active features made at once with a rotary embedding: 4 MB, near the cache
 
 
 @dataclass
@@ -184,60 +182,38 @@ def _add_rotary(
 ) -> None:
     """Add Σ_i a_q² Var_j(M(i-j) a_k), with M(i-j) = ⟨R_i W_q, R_j W_k⟩ kept inside the variance.
 
-    With q̃ = a_q R_i W_q and k̃ = a_k R_j W_k the mean is ⟨q̃, Σ_j P k̃⟩, and the second moment either ⟨q̃q̃ᵀ, Σ_j P k̃k̃ᵀ⟩
-    (exact, for narrow heads) or the mean of ⟨q̃, Σ_j g_j √P k̃⟩² over random signs g (unbiased, for wide ones, and with
-    the mean taken off inside it never negative). Both sum over keys first, by matrix products, for all key features;
-    then over the few active features of each query.
+    δ is made for each active query feature e and active key feature f of a sequence, [m, L] at once, weighted with what
+    the query of e sees of the key of f, and added up over the keys of each key feature.
     """
     rotary = item.inputs.rule.rotary
     assert rotary is not None
-    pattern, first, second = item.weights(head)
-    width = left.shape[1]
+    order, phase = rotary.phases()
+    left, right = left[:, order], right[:, order]
+    _, first, second = item.weights(head)
     for b in range(len(first)):
-        table = rotary.of_sequence(b, first.shape[1])
-        rotated = table.rotate(right.expand(1, first.shape[1], -1, -1))[0]
-        step = max(MOMENT_ELEMENTS // (first.shape[1] * width * (width if width <= EXACT_WIDTH else 1)), 1)
-        active_Tm, acts_Tm = _active_lists(item.acts_q_BTF[b][:, queries])
-        turned_q = table.rotate(left[active_Tm][None])[0] * acts_Tm[..., None]
-        for part in torch.arange(len(keys), device=keys.device).split(step):
-            keys_KCH = rotated[:, part] * item.acts_k_BTF[b][:, keys[part], None]
-            mean = (first[b] @ keys_KCH.flatten(1)).unflatten(1, (-1, width))
-            if width <= EXACT_WIDTH:
-                variance = _exact_variance(second[b], keys_KCH, mean, turned_q)
-            else:
-                variance = _probed_variance(second[b], pattern[b], keys_KCH, mean, turned_q, seed=head + 1000 * b)
-            sums = variance.new_zeros(len(left), len(part)).index_add(0, active_Tm.flatten(), variance.flatten(0, 1))
-            moment[:, part] += sums
+        turns = phase[b if len(phase) > 1 else 0]
+        token_L, query_L = item.acts_q_BTF[b][:, queries].nonzero(as_tuple=True)
+        key_M, token_M = item.acts_k_BTF[b][:, keys].T.nonzero(as_tuple=True)
+        if not (len(token_L) and len(token_M)):
+            continue
+        u_LH = _turned(left, query_L, turns[token_L], item.acts_q_BTF[b][token_L, queries[query_L]])
+        v_MH = _turned(right, key_M, turns[token_M], item.acts_k_BTF[b][token_M, keys[key_M]])
+        seen_M, place_M = key_M.unique_consecutive(return_inverse=True)
+        mean = left.new_zeros(len(seen_M), len(token_L))
+        square = torch.zeros_like(mean)
+        by_key = [weights[b].T.contiguous() for weights in ((first,) if second is first else (first, second))]
+        for part in torch.arange(len(token_M), device=left.device).split(max(MEETING_ELEMENTS // len(token_L), 1)):
+            delta = v_MH[part] @ u_LH.T
+            weight = by_key[0].index_select(0, token_M[part]).index_select(1, token_L)
+            mean.index_add_(0, place_M[part], weight.mul(delta))
+            if second is not first:
+                weight = by_key[1].index_select(0, token_M[part]).index_select(1, token_L)
+            square.index_add_(0, place_M[part], weight.mul_(delta).mul_(delta))
+        variance = square.sub_(mean.square_())
+        moment[:, seen_M] += left.new_zeros(len(left), len(seen_M)).index_add_(0, query_L, variance.T)
 
 
-def _active_lists(acts_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """The active features of each position and their activations, [T, most active at once]; 0 in empty places."""
-    most = max(int((acts_TF > 0).sum(1).max()), 1)
-    values, index = acts_TF.topk(most, dim=1)
-    return index, values.clamp(min=0)
-
-
-def _exact_variance(weights_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor) -> Tensor:
-    """Variance for each active query feature of each query and each key feature, [Q, m, C]."""
-    _, n_columns, width = keys_KCH.shape
-    products = (keys_KCH[..., :, None] * keys_KCH[..., None, :]).flatten(1)
-    second = (weights_QK @ products).view(-1, n_columns, width * width)
-    square = (q_QmH[..., :, None] * q_QmH[..., None, :]).flatten(2) @ second.transpose(1, 2)
-    return square - (q_QmH @ mean_QCH.transpose(1, 2)).square()
-
-
-def _probed_variance(
-    second_QK: Tensor, pattern_QK: Tensor, keys_KCH: Tensor, mean_QCH: Tensor, q_QmH: Tensor, seed: int
-) -> Tensor:
-    """An unbiased estimate of the same, from random signs of the outcomes: the keys, and what a sink takes."""
-    generator = torch.Generator().manual_seed(seed)
-    sink = (1 - pattern_QK.sum(1, keepdim=True)).clamp(min=0)
-    root, root_mass = second_QK.sqrt(), torch.cat([pattern_QK, sink], 1).sqrt()
-    total = q_QmH.new_zeros(*q_QmH.shape[:2], keys_KCH.shape[1])
-    for _ in range(PROBES):
-        signs = torch.randint(2, root_mass.shape, generator=generator).to(root) * 2 - 1
-        # E[(Σ g √(P f'²) k - Σ g √P · mean)²] = Σ P f'² k² - mean², f' the slope of a soft cap, f' k = 0 at a sink.
-        centred = ((signs[:, :-1] * root) @ keys_KCH.flatten(1)).view_as(mean_QCH)
-        centred -= (signs * root_mass).sum(1)[:, None, None] * mean_QCH
-        total += (q_QmH @ centred.transpose(1, 2)).square()
-    return total / PROBES
+def _turned(rows_FH: Tensor, feature_L: Tensor, phase_Lh: Tensor, acts_L: Tensor) -> Tensor:
+    """Active features' rotated rows, [L, H]."""
+    rows_LH = rows_FH.index_select(0, feature_L) * acts_L[:, None]
+    return turn(rows_LH[None, :, None], phase_Lh[None])[0, :, 0]

@@ -7,7 +7,8 @@ Each side has one more feature, its bias, always active with value 1, whose deco
 others (index F here, -1 in an artefact). Nothing is left out: with every pair kept the scores are step 1's.
 
 No [Fq, Fk, N] tensor exists: each head sums over its kept pairs by a sparse product on the query side and a dense one
-over the key features that the head uses.
+over the key features that the head uses. With a rotary embedding every pair would have H columns of its own there, so
+instead only features that are active meet (kernels/sparse_scores.py).
 
 Shapes: P kept pairs, F features of a side (bias not counted), n = B·T tokens; others as in attention.py.
 """
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from ..dictionary import SparseTranscoder
 from ..kernels.sparse_linear import SparseLayout, compressed, sparse_linear
+from ..kernels.sparse_scores import Cells, Events, sparse_scores
 from ..pattern import PatternRule
+from ..rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,17 @@ class Pairs:
         parts = (self.key_P[self.of_head(n)].unique(return_inverse=True) for n in range(self.n_heads))
         return [(used, column) for used, column in parts]
 
-    def layout(self, head: int, width: int) -> SparseLayout:
-        """Layout of one head's matrix [query features, used key features × width]; made once for each width."""
-        found = self._layouts.get((head, width))
+    def layout(self, head: int) -> SparseLayout:
+        """Layout of one head's matrix [query features, used key features]; made once."""
+        found = self._layouts.get(head)
         if found is None:
             used, column = self.key_columns[head]
-            inner = torch.arange(width, device=column.device)
-            rows = self.query_P[self.of_head(head)].repeat_interleave(width)
-            columns = (column[:, None] * width + inner).flatten()
-            found = SparseLayout.of(rows, columns, self.n_query + 1, len(used) * width)
-            self._layouts[head, width] = found
+            found = SparseLayout.of(self.query_P[self.of_head(head)], column, self.n_query + 1, len(used))
+            self._layouts[head] = found
         return found
 
     @cached_property
-    def _layouts(self) -> dict[tuple[int, int], SparseLayout]:
+    def _layouts(self) -> dict[int, SparseLayout]:
         return {}
 
 
@@ -118,36 +118,83 @@ def pair_scores(
     rows_q: Tensor,
     rows_k: Tensor,
     rule: PatternRule,
+    reach: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Capped scores from the kept pairs, float32 [B, N, Q, K], before the mask.
 
-    Activations carry the bias feature (`with_bias`); a head without pairs has scores of zero.
+    Activations carry the bias feature (`with_bias`); a head without pairs has scores of zero. With a rotary embedding
+    the gradient of an activation is made where it is not zero, or where `reach` says, bool [B, T, F + 1] a side: zero
+    activations stand behind a step that lets no gradient pass, but for JumpReLU's near its thresholds.
     """
+    if rule.rotary is None:
+        scores = _plain_scores(pairs, strength_P * rule.scaling, acts_q_BTF, acts_k_BTF)
+    else:
+        on_q, on_k = reach or (acts_q_BTF != 0, acts_k_BTF != 0)
+        strength_P = strength_P * rule.scaling
+        scores = _rotary_scores(pairs, strength_P, acts_q_BTF, acts_k_BTF, rows_q, rows_k, rule.rotary, on_q, on_k)
+    return rule.cap(scores)
+
+
+def _plain_scores(pairs: Pairs, strength_P: Tensor, acts_q_BTF: Tensor, acts_k_BTF: Tensor) -> Tensor:
     batch, length = acts_q_BTF.shape[:2]
     flat_Fn = acts_q_BTF.flatten(0, 1).T.contiguous()
     active = compressed(flat_Fn)
-    if rule.rotary is not None:
-        order, phase = rule.rotary.phases()
-        rows_q, rows_k = rows_q[..., order], rows_k[..., order]
     scores = []
     for head in range(pairs.n_heads):
-        here = pairs.of_head(head)
         used, _ = pairs.key_columns[head]
-        keys = acts_k_BTF[..., used]
         if not len(used):
             scores.append(acts_q_BTF.new_zeros(batch, length, length))
             continue
-        if rule.rotary is None:
-            y = sparse_linear(flat_Fn, strength_P[here] * rule.scaling, pairs.layout(head, 1), active).T.unflatten(
-                0, (batch, length)
-            )
-        else:
-            group = head * rows_k.shape[1] // pairs.n_heads
-            width = rows_q.shape[-1]
-            values = strength_P[here, None] * rule.scaling * rows_q[pairs.query_P[here], head]
-            y = sparse_linear(flat_Fn, values.flatten(), pairs.layout(head, width), active).T
-            y = turn(y.reshape(batch, length, len(used), width), phase).flatten(2)
-            turned = turn(rows_k[used, group].expand(1, length, -1, -1), phase)
-            keys = (keys[..., None] * turned).flatten(2)
-        scores.append(y @ keys.transpose(1, 2))
-    return rule.cap(torch.stack(scores, 1))
+        y_Cn = sparse_linear(flat_Fn, strength_P[pairs.of_head(head)], pairs.layout(head), active)
+        scores.append(y_Cn.T.unflatten(0, (batch, length)) @ acts_k_BTF[..., used].transpose(1, 2))
+    return torch.stack(scores, 1)
+
+
+def _rotary_scores(
+    pairs: Pairs,
+    strength_P: Tensor,
+    acts_q_BTF: Tensor,
+    acts_k_BTF: Tensor,
+    rows_q: Tensor,
+    rows_k: Tensor,
+    rotary: Rotary,
+    on_q_BTF: Tensor,
+    on_k_BTF: Tensor,
+) -> Tensor:
+    batch, length = acts_q_BTF.shape[:2]
+    order, phase = rotary.phases()
+    phase_nh = phase.expand(batch, -1, -1).flatten(0, 1)
+    heads_q, groups_k = rows_q[..., order].unbind(1), rows_k[..., order].unbind(1)
+    # The query's bias is at every token: it meets the sum of its keys instead of each of them.
+    queries = Events.by_token(on_q_BTF.flatten(0, 1)[:, : pairs.n_query])
+    keys = Events.by_feature(on_k_BTF.flatten(0, 1))
+    cells = Cells.of(keys, pairs.n_key + 1, batch, length)
+    a_q_L, a_k_M = _at(acts_q_BTF, queries), _at(acts_k_BTF, keys)
+    phase_Lh, phase_Mh = phase_nh[queries.token_L], phase_nh[keys.token_L]
+
+    def vectors(rows_FH: Tensor, acts_L: Tensor, events: Events, phase_Lh: Tensor) -> Tensor:
+        rows_LH = rows_FH.index_select(0, events.feature_L) * acts_L[:, None]
+        return turn(rows_LH[None, :, None], phase_Lh[None])[0, :, 0]
+
+    scores = []
+    for head in range(pairs.n_heads):
+        here = pairs.of_head(head)
+        bias = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # its pairs are the head's last
+        u_LH = vectors(heads_q[head], a_q_L, queries, phase_Lh)
+        v_MH = vectors(groups_k[head * len(groups_k) // pairs.n_heads], a_k_M, keys, phase_Mh)
+        pair = slice(here.start, bias)
+        found = sparse_scores(u_LH, v_MH, strength_P[pair], pairs.query_P[pair], pairs.key_P[pair], queries, cells)
+        if bias < here.stop:
+            pair = slice(bias, here.stop)
+            strength_F = strength_P.new_zeros(pairs.n_key + 1).index_put((pairs.key_P[pair],), strength_P[pair])
+            sums_nH = v_MH.new_zeros(batch * length, v_MH.shape[1])
+            sums_nH = sums_nH.index_add(0, keys.token_L, v_MH * strength_F[keys.feature_L, None])
+            query_BTH = turn(heads_q[head][-1].expand(len(phase), length, 1, -1), phase)[:, :, 0] * acts_q_BTF[..., -1:]
+            found = found + query_BTH @ sums_nH.view(batch, length, -1).transpose(1, 2)
+        scores.append(found)
+    return torch.stack(scores, 1)
+
+
+def _at(acts_BTF: Tensor, events: Events) -> Tensor:
+    """The activations of these events, [L]."""
+    return acts_BTF.flatten().index_select(0, events.token_L * acts_BTF.shape[-1] + events.feature_L)

@@ -106,6 +106,7 @@ class MapJob(Job):
     def _through_map(self, target: PatternTarget) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """`kl_rows`, and the sparsity loss of both sides and of the dropped pairs."""
         acts: dict[str, Tensor] = {}
+        reach: list[Tensor] = []
         sparsity = target.x_nD.new_zeros(())
         for name, side in (("query", self.query), ("key", self.key)):
             if not self.dictionary_rate:
@@ -113,6 +114,7 @@ class MapJob(Job):
                 continue
             pre = side.pre(target.x_nD)
             acts[name] = side.activate(pre)
+            reach.append(target.unpack(with_bias(side.reach(pre, acts[name]))))
             if self._too_dense(name, acts[name]):
                 sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
         if self.dictionary_rate > 0 and self.dropped_sparsity:
@@ -127,6 +129,7 @@ class MapJob(Job):
             rows(self.query, self.n_heads),
             rows(self.key, self.n_groups(target.rule)),
             target.rule,
+            (reach[0], reach[1]) if reach else None,
         )
         return target.kl_rows(scores), acts, sparsity
 
