@@ -4,9 +4,9 @@
 
 Shapes of an embedded model and of GPT-2 small with a rotary embedding, with random dictionaries whose features fire as
 unevenly as trained ones do (frequencies fall as 1 / √rank) and pairs that favour those that fire often; then the map
-without a rotary embedding, as it is and as events of width 1. Printed: processor seconds of one batch on one thread,
-forward and forward with backward (median of the repeats), and the most memory that a forward with backward adds, each
-measured in a process of its own.
+without a rotary embedding, as it is and as one that turns nothing. Printed: processor seconds of one batch on one
+thread, forward and forward with backward (median of the repeats), and the most memory that the process of its own which
+measures a way has held, PyTorch and the making of the inputs included.
 """
 
 from __future__ import annotations
@@ -148,9 +148,8 @@ def measure(shape: Shape, way: str, repeats: int) -> dict[str, float]:
         return scores(pairs, leaves, rule)
 
     cotangent = torch.randn(shape.batch, shape.heads, shape.context, shape.context)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.autograd.grad(forward(), used, cotangent)  # also warms up what is made once
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: dict[str, list[float]] = {"forward": [], "both": []}
     for _ in range(repeats):
         for name, act in (("forward", forward), ("both", lambda: torch.autograd.grad(forward(), used, cotangent))):

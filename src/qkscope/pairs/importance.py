@@ -24,7 +24,7 @@ from ..dictionary import SparseTranscoder
 from ..kernels.row_kl import exp
 from ..pattern import AttentionInputs
 from ..training.start import slopes
-from .pair_map import Pairs, rows, turn, with_bias
+from .pair_map import Pairs, rows, turned_rows, with_bias
 
 KEPT_ELEMENTS = 1 << 27  # activations of a sample that stay in memory while its heads go by: 512 MB
 BLOCK_ELEMENTS = 1 << 26  # elements of one [query features, key features] block: 256 MB in float32
@@ -196,8 +196,8 @@ def _add_rotary(
         key_M, token_M = item.acts_k_BTF[b][:, keys].T.nonzero(as_tuple=True)
         if not (len(token_L) and len(token_M)):
             continue
-        u_LH = _turned(left, query_L, turns[token_L], item.acts_q_BTF[b][token_L, queries[query_L]])
-        v_MH = _turned(right, key_M, turns[token_M], item.acts_k_BTF[b][token_M, keys[key_M]])
+        u_LH = turned_rows(left, query_L, item.acts_q_BTF[b][token_L, queries[query_L]], turns[token_L])
+        v_MH = turned_rows(right, key_M, item.acts_k_BTF[b][token_M, keys[key_M]], turns[token_M])
         seen_M, place_M = key_M.unique_consecutive(return_inverse=True)
         mean = left.new_zeros(len(seen_M), len(token_L))
         square = torch.zeros_like(mean)
@@ -211,9 +211,3 @@ def _add_rotary(
             square.index_add_(0, place_M[part], weight.mul_(delta).mul_(delta))
         variance = square.sub_(mean.square_())
         moment[:, seen_M] += left.new_zeros(len(left), len(seen_M)).index_add_(0, query_L, variance.T)
-
-
-def _turned(rows_FH: Tensor, feature_L: Tensor, phase_Lh: Tensor, acts_L: Tensor) -> Tensor:
-    """Active features' rotated rows, [L, H]."""
-    rows_LH = rows_FH.index_select(0, feature_L) * acts_L[:, None]
-    return turn(rows_LH[None, :, None], phase_Lh[None])[0, :, 0]

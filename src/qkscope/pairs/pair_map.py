@@ -110,6 +110,12 @@ def turn(x_BTnH: Tensor, phase_BTh: Tensor) -> Tensor:
     return torch.view_as_real(z * phase_BTh[:, :, None]).flatten(-2)
 
 
+def turned_rows(rows_FH: Tensor, feature_L: Tensor, acts_L: Tensor, phase_Lh: Tensor) -> Tensor:
+    """Decoder rows of active features, times their activations, rotated to where they are active, [L, H]."""
+    rows_LH = rows_FH.index_select(0, feature_L) * acts_L[:, None]
+    return turn(rows_LH[None, :, None], phase_Lh[None])[0, :, 0]
+
+
 def pair_scores(
     pairs: Pairs,
     strength_P: Tensor,
@@ -171,17 +177,13 @@ def _rotary_scores(
     cells = Cells.of(keys, pairs.n_key + 1, batch, length)
     a_q_L, a_k_M = _at(acts_q_BTF, queries), _at(acts_k_BTF, keys)
     phase_Lh, phase_Mh = phase_nh[queries.token_L], phase_nh[keys.token_L]
-
-    def vectors(rows_FH: Tensor, acts_L: Tensor, events: Events, phase_Lh: Tensor) -> Tensor:
-        rows_LH = rows_FH.index_select(0, events.feature_L) * acts_L[:, None]
-        return turn(rows_LH[None, :, None], phase_Lh[None])[0, :, 0]
-
     scores = []
     for head in range(pairs.n_heads):
         here = pairs.of_head(head)
         bias = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # its pairs are the head's last
-        u_LH = vectors(heads_q[head], a_q_L, queries, phase_Lh)
-        v_MH = vectors(groups_k[head * len(groups_k) // pairs.n_heads], a_k_M, keys, phase_Mh)
+        u_LH = turned_rows(heads_q[head], queries.feature_L, a_q_L, phase_Lh)
+        group = head * len(groups_k) // pairs.n_heads
+        v_MH = turned_rows(groups_k[group], keys.feature_L, a_k_M, phase_Mh)
         pair = slice(here.start, bias)
         found = sparse_scores(u_LH, v_MH, strength_P[pair], pairs.query_P[pair], pairs.key_P[pair], queries, cells)
         if bias < here.stop:
