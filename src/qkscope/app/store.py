@@ -45,22 +45,22 @@ class Run:
         places = layer_folders(Path(folder))
         self.folder = places[0].parent
         self.config = read_run(self.folder)
-        self.filess = {int(p.name.removeprefix("layer_")): p for p in (place.resolve() for place in places)}
+        self._layers = {int(p.name.removeprefix("layer_")): p for p in (place.resolve() for place in places)}
         self._opened: dict[int, LayerStore] = {}
         self._lock = RLock()
 
     @property
     def numbers(self) -> list[int]:
-        return list(self.filess)
+        return list(self._layers)
 
     def layer(self, number: int) -> LayerStore:
         """A layer, opened when it is first asked for."""
-        if number not in self.filess:
+        if number not in self._layers:
             raise Missing(f"This run has no layer {number}.")
         with self._lock:
             if number not in self._opened:
                 site = (self.config.get("sites") or {}).get(number) or {}
-                self._opened[number] = LayerStore(self.filess[number], number, site)
+                self._opened[number] = LayerStore(self._layers[number], number, site)
             return self._opened[number]
 
     def warm(self) -> None:
