@@ -46,7 +46,6 @@ async function show() {
     api.run = await run();
     api.live = api.run.live;
     header(document.getElementById("top"), api.run, found, api);
-    if (found?.view === "prompt" && !api.live) throw new Problem("Tracing a prompt needs qkscope serve, where the model is.");
     if (!found || !VIEWS.includes(found.view)) throw new Problem("There is no such page.");
     if (found.params.layer !== undefined && !api.run.layers.some((layer) => layer.layer === found.params.layer))
       throw new Problem(`This run has no layer ${found.params.layer}.`);

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from torch import Tensor
 
-from qkscope.app.server import make_app
 from qkscope.explain.intervene import Pair
 from qkscope.explain.opening import one_layer
 from qkscope.explain.trace import Trace, prompt_tokens
@@ -24,18 +19,6 @@ PROMPT = "Long ago there was a market in Ashford. When Mary and John went to the
 HOSTILE = "<img src=x onerror=alert(1)> \"'& \u202eolleh\u202c 🦊 \x1b[31m <script>alert(2)</script>"
 HEAD, QUERY, KEY = 3, 23, 11
 MINUS = "\u2212"
-CHROMIUM = Path("/usr/bin/chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM} to look at the page with")
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -53,22 +36,6 @@ def page(browser: Browser, errors: list[str]) -> Iterator[Page]:
     yield page
     context.close()
     assert not errors
-
-
-@pytest.fixture(scope="module")
-def address(embedded_run: Path) -> Iterator[str]:
-    """The run's page on a server of its own."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(embedded_run), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
-    listener.close()
 
 
 def telling(dec: Any, site: Any) -> tuple[Trace, int, Any, Tensor]:
@@ -106,10 +73,10 @@ def shown_values(page: Page) -> dict[str, float]:
     return {name: float(value.replace(MINUS, "-")) for name, value in parts}
 
 
-def test_a_prompt_is_traced_and_edited(page: Page, address: str, embedded_run: Path) -> None:
-    dec, site = one_layer(embedded_run)
+def test_a_prompt_is_traced_and_edited(page: Page, served: str, run_folder: Path) -> None:
+    dec, site = one_layer(run_folder)
     one, edge_key, edited_pattern, edited = telling(dec, site)
-    page.goto(f"{address}#/layer/2/prompt")
+    page.goto(f"{served}#/layer/2/prompt")
     expect(page.locator("table.next")).to_be_visible()  # a ready prompt is traced at once
     expect(page.locator(".ready button")).to_contain_text(["ioi", "induction"])
 
@@ -148,7 +115,7 @@ def test_a_prompt_is_traced_and_edited(page: Page, address: str, embedded_run: P
     expect(page.locator("ul.off a")).to_have_attribute("href", href)
     expect(terms.first.locator("a")).to_have_attribute("href", href)
 
-    # The address holds it all: back takes the switch back, forward sets it, a link to it shows the same.
+    # The served holds it all: back takes the switch back, forward sets it, a link to it shows the same.
     off = page.url
     assert "off=2." in off and f"query={QUERY}" in off and f"key={edge_key}" in off
     page.go_back()
@@ -165,10 +132,10 @@ def test_a_prompt_is_traced_and_edited(page: Page, address: str, embedded_run: P
     expect(page.locator("ul.off li")).to_have_count(0)
 
 
-def test_keys_move_the_edge(page: Page, address: str, embedded_run: Path) -> None:
-    dec, site = one_layer(embedded_run)
+def test_keys_move_the_edge(page: Page, served: str, run_folder: Path) -> None:
+    dec, site = one_layer(run_folder)
     one = dec.trace(site, PROMPT, head=HEAD)
-    page.goto(f"{address}#/layer/2/prompt?prompt={PROMPT}&head={HEAD}&query={QUERY}&key={KEY}")
+    page.goto(f"{served}#/layer/2/prompt?prompt={PROMPT}&head={HEAD}&query={QUERY}&key={KEY}")
     score = page.locator(".accounts article").first
     expect(score.locator("h2")).to_contain_text(f"→ {KEY}")
     page.locator(".maps").focus()
@@ -190,14 +157,14 @@ def test_keys_move_the_edge(page: Page, address: str, embedded_run: Path) -> Non
     expect(score.locator(".sum b")).to_have_text(signed(one.terms(2, 2).total))
 
 
-def test_late_answers_are_not_shown(page: Page, address: str, embedded_run: Path) -> None:
+def test_late_answers_are_not_shown(page: Page, served: str, run_folder: Path) -> None:
     """What was asked of one prompt and comes when another is shown is of no use any more."""
     short = "Mary gave Tom the"
-    dec, site = one_layer(embedded_run)
+    dec, site = one_layer(run_folder)
     words = f"Next token after {len(dec.trace(site, short).tokens) - 1} ·the"
     held: list[Any] = []
     page.route("**/api/prompt/edit", lambda route: route.continue_() if held else held.append(route))
-    page.goto(f"{address}#/layer/2/prompt?prompt={PROMPT}")
+    page.goto(f"{served}#/layer/2/prompt?prompt={PROMPT}")
     expect(page.locator(".accounts .term").first).to_be_visible()
     page.get_by_role("textbox", name="Prompt").fill(short)
     page.keyboard.press("Enter")
@@ -210,8 +177,8 @@ def test_late_answers_are_not_shown(page: Page, address: str, embedded_run: Path
     expect(next_token).to_have_text(words)
 
 
-def test_hostile_text_is_text(page: Page, address: str) -> None:
-    page.goto(f"{address}#/layer/2/prompt")
+def test_hostile_text_is_text(page: Page, served: str) -> None:
+    page.goto(f"{served}#/layer/2/prompt")
     expect(page.locator("table.next")).to_be_visible()
     page.get_by_role("textbox", name="Prompt").fill(HOSTILE)
     page.keyboard.press("Enter")
@@ -220,8 +187,8 @@ def test_hostile_text_is_text(page: Page, address: str) -> None:
     assert "\u202e" not in page.locator(".traced").inner_text() and "\x1b" not in page.locator(".traced").inner_text()
 
 
-def test_slips_are_said_and_leave_what_was_shown(page: Page, address: str, errors: list[str]) -> None:
-    page.goto(f"{address}#/layer/2/prompt")
+def test_slips_are_said_and_leave_what_was_shown(page: Page, served: str, errors: list[str]) -> None:
+    page.goto(f"{served}#/layer/2/prompt")
     expect(page.locator("table.next")).to_be_visible()
     for text, said in (("", "Type a text first"), ("the " * 300, "at most 256")):
         page.get_by_role("textbox", name="Prompt").fill(text)
@@ -234,12 +201,12 @@ def test_slips_are_said_and_leave_what_was_shown(page: Page, address: str, error
     assert len(errors) == 1 and "400" in errors.pop()  # the browser's own line about the refused request
 
 
-def test_without_a_server_the_view_says_how(page: Page, address: str) -> None:
+def test_without_a_server_the_view_says_how(page: Page, served: str) -> None:
     def static(route: Any) -> None:
         answer = route.fetch()
         route.fulfill(response=answer, json={**answer.json(), "live": False})
 
     page.route("**/data/run.json", static)
-    page.goto(f"{address}#/layer/2/prompt")
+    page.goto(f"{served}#/layer/2/prompt")
     expect(page.locator("main")).to_contain_text("qkscope serve DIR")
     assert page.locator("main textarea").count() == 0
