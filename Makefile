@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/qkscope run --layers 1 2 3 --out runs/demo --dictionary.width 300 --dictionary.k 8 \
 	  --training.tokens 160000 --training.batch-tokens 512 --pairs.count 2000 --pairs.tokens 120000 --evaluation.tokens 12288 \
 	  --evaluation.adversary-steps 40
-	@echo "open runs/demo/report.html in a browser"
+	@echo "open runs/demo/report.html in a browser, or look closer: $(BIN)/qkscope serve runs/demo"
 
 # The stamp is the last thing written and the first thing removed, so an environment without it is one that an
 # interrupted install left: it is made anew. One with it is brought up to date in place.
