@@ -22,8 +22,8 @@ lint: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/qkscope run --layers 1 2 3 --out runs/demo --dictionary.width 300 --dictionary.k 8 \
-	  --training.tokens 160000 --training.batch-tokens 512 --pairs.count 2000 --pairs.tokens 120000 --evaluation.tokens 12288 \
-	  --evaluation.adversary-steps 40
+	  --training.tokens 160000 --training.batch-tokens 512 --pairs.count 2000 --pairs.tokens 120000 --evaluation.tokens 6144 \
+	  --evaluation.adversary-steps 20
 	@echo "open runs/demo/report.html in a browser, or look closer: $(BIN)/qkscope serve runs/demo"
 
 # The stamp is the last thing written and the first thing removed, so an environment without it is one that an
