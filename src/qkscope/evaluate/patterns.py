@@ -19,7 +19,7 @@ from .figures import Ratio
 
 @dataclass
 class KLScore:
-    """The pattern KL of one variant, gathered over batches: where it is all that is asked for, a sixth of the work."""
+    """The pattern KL of one variant, gathered over batches: where it is all that is asked for."""
 
     kl: Ratio = field(default_factory=Ratio)
 
