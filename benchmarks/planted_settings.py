@@ -61,10 +61,10 @@ def main() -> None:
     job, _ = trained(bench, DictionaryConfig(width=size.width, k=k))
     bench.size = replace(size, k=k)
     for sparsity in MASKS:
-        for method, _, made, _ in bench.prune(
+        for method, count, made, _ in bench.prune(
             job, [JUDGED * len(bench.world.pairs)], size.pair_tokens, methods=(), mask_sparsity=[sparsity]
         ):
-            print(method, f"KL {bench.kl_map(made)['kl']:.4f}", flush=True)
+            print(f"{method} {count:,} pairs: KL {bench.kl_map(made)['kl']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from qkscope.evaluate.quality.page import curve_of
 from qkscope.evaluate.quality.report import bench_quality, least, scoreboard, scores_of
 
 TINY = Size(
-    width=24, sparsity=0.03, tokens=2048, heldout_tokens=1024, counts=(60, 30), mask_sparsity=1e-6, mask_tokens=512,
-    pair_sparsity=0.03, adversary_count=60, adversary_tokens=128, adversary_steps=3, batch_tokens=512,
+    width=24, sparsity=0.03, tokens=2048, heldout_tokens=1024, counts=(60, 30),
+    mask_sparsity=(1e-6, 1e-2), mask_tokens=512, pair_sparsity=0.03, adversary_count=60, adversary_tokens=128,
+    adversary_steps=3, batch_tokens=512,
     sample_tokens=512, context=64,
 )  # fmt: skip
 
@@ -51,7 +52,8 @@ def layer_of(seed: int = 0, few: float = 0.1) -> dict[str, Any]:
         row("default, half the L0", "all pairs", 0.2, 4.0), row("default, a quarter", "all pairs", 0.4, 2.0),
         row(FEW, "all pairs", 0.12, 8.0), row(LIVE, "all pairs", 0.11, 8.0),
         row("random", "all pairs", 0.9, 8.0), row("svd", "all pairs", 0.6, 8.0),
-        row("seed", "mask", 0.2, 8.0, 10_000), row("seed", "mask", 0.3, 8.0, 4000),
+        row("seed", "mask λ=1e-06", 0.2, 8.0, 10_000), row("seed", "mask λ=1e-06", 0.3, 8.0, 4000),
+        row("seed", "mask λ=1e-05", 0.25, 8.0, 5000), row("seed", "mask λ=1e-05", 0.28, 8.0, 4000),
         row("default", "prune and tune", 0.15, 8.0, 4000, **played), row("default", "prune and tune", 0.3, 8.0, 1000),
         row(FEW, "prune and tune", few, 8.0, 4000), row(FEW, "prune and tune", 0.2, 8.0, 1000),
     ]  # fmt: skip
@@ -62,11 +64,13 @@ def test_scores_are_ratios_to_the_baseline() -> None:
     scores = scores_of(layer_of())
     assert scores["KL ÷ seed's, at seed's L0"] == pytest.approx(0.5)
     assert scores["L0 ÷ seed's, at seed's KL"] == pytest.approx(0.5)
-    assert scores[f"pairs ÷ the mask's, at its KL, {FEW}"] == pytest.approx(0.1)
+    assert scores[f"pairs ÷ those of mask λ=1e-06, at its KL, {FEW}"] == pytest.approx(0.1)
+    assert scores[f"pairs ÷ those of mask λ=1e-05, at its KL, {FEW}"] == pytest.approx(0.2)  # no fewer were tried
+    assert scores[f"KL ÷ the best mask's cut to 4,000 pairs, {FEW}"] == pytest.approx(0.1 / 0.28)
     assert scores["KL at the live width ÷ KL, default"] == pytest.approx(1.1) and scores[
         "dead, default"
     ] == pytest.approx(0.02)
-    share = scores["pairs ÷ the mask's, at its KL, default"]
+    share = scores["pairs ÷ those of mask λ=1e-06, at its KL, default"]
     assert share is not None and 0.1 < share < 0.4
     assert scores["random's KL ÷ the largest map's, default"] == pytest.approx(6.0)
     assert scores["adversary, default"] == pytest.approx(0.7) and scores.get("adversary, seed") is None
@@ -118,7 +122,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 ran.append(task[3])
                 yield run(task, size)
 
-    monkeypatch.setattr(report, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(report, "worker_pool", Here)
     path = tmp_path / "quality.json"
     bench_quality("small", ["stories-gpt2"], [1], [0], path, 1)
     both = bench_quality("small", ["stories-gpt2"], [1], [0, 1], path, 1)
@@ -129,7 +133,12 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ran == [0, 1] and len(again["layers"]) == 2  # what was not asked for this time is not lost
     rows = both["layers"][0]["rows"]
     maps = {(r["dictionary"], r["method"], r.get("asked")): r for r in rows if "pairs" in r}
-    assert {("seed", "mask", 30), ("default", "prune and tune", 60), (FEW, "prune and tune", 30)} <= set(maps)
+    assert {
+        ("seed", "mask λ=1e-06", 30),
+        ("seed", "mask λ=0.01", 30),
+        ("default", "prune and tune", 60),
+        (FEW, "prune and tune", 30),
+    } <= set(maps)
     assert all(r["pairs"] <= r["asked"] for r in maps.values())
     assert maps[FEW, "prune and tune", 60]["adversary"]["logit_kl"]["adversary"]["mean"] > 0
     for name in ("default", "default, half the L0", LIVE, "random", "svd"):
@@ -147,9 +156,10 @@ def test_the_curves_of_the_page_are_the_rows() -> None:
     layers = [layer_of(0, few=0.1), layer_of(1, few=0.3)]
     by_pairs = sorted(curve_of(layers, FEW, "pairs", "pattern_kl"))
     assert by_pairs == [(1000, pytest.approx(0.2), [0.2, 0.2]), (4000, pytest.approx(0.2), [0.1, 0.3])]
-    layers[1]["rows"][-6] = row("seed", "mask", 0.4, 8.0, 12_000)  # the mask as it is leaves another count
-    masks = sorted(curve_of(layers, "seed", "pairs", "pattern_kl"))
-    assert [(x, y) for x, y, _ in masks] == [(4000, pytest.approx(0.3)), (11_000, pytest.approx(0.3))]
+    layers[1]["rows"][8] = row("seed", "mask λ=1e-06", 0.22, 8.0, 12_000)  # the mask as it is leaves another count
+    masks = sorted(curve_of(layers, "seed", "pairs", "pattern_kl"))  # at 4,000 pairs the stronger mask's
+    assert [x for x, _, _ in masks] == [4000, 5000, 11_000]
+    assert [y for _, y, _ in masks] == pytest.approx([0.28, 0.25, 0.21])
     by_l0 = sorted(curve_of(layers[:1], "default", "L0", "pattern_kl"))
     assert [(x, y) for x, y, _ in by_l0] == [(2, pytest.approx(0.4)), (4, pytest.approx(0.2)), (8, pytest.approx(0.1))]
     assert [ends for _, _, ends in by_l0] == [pytest.approx([y - 0.01, y + 0.01]) for _, y, _ in by_l0]

@@ -29,6 +29,7 @@ from ..training.start import side_statistics, start
 from ..training.step1 import Step1Job
 from ..training.stream import Stream
 
+MASK = "mask λ="  # what a mask's method begins with; its penalty follows
 Pruned = tuple[str, int, MapJob, float]  # method, pairs asked for, map, processor seconds
 
 
@@ -156,11 +157,11 @@ class Workbench:
             made[count] = self.map_job(f"mask{count}", job, pairs.take(index))
             with torch.no_grad():
                 made[count].factor_P.copy_(values[index])
-            yield f"mask λ={sparsity:g} (left {len(pairs):,})", count, made[count], took
+            yield f"{MASK}{sparsity:g}", count, made[count], took
         if refit:
             spent = took + self.fit([made[count] for count in counts], tokens) / len(counts)
             for count in counts:
-                yield f"mask λ={sparsity:g} + refit", count, made[count], spent
+                yield f"{MASK}{sparsity:g} + refit", count, made[count], spent
 
 
 def copy_of(transcoder: SparseTranscoder, metric_NHH: Tensor) -> SparseTranscoder:

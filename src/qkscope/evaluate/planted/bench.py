@@ -7,10 +7,8 @@ is a task of its own in a process of its own with one thread, so the figures do 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +28,7 @@ from ..controls import shuffled_pairs, untrained
 from ..patterns import KLScore, uniform_log_pattern
 from ..stability import Overlap
 from ..workbench import Workbench
+from ..workers import worker_pool
 from .scores import identities, match_activations, match_rows, pair_scores, predictions
 from .sizes import Size
 from .world import EVENT, LAYER, Planted, PlantedStream
@@ -212,7 +211,7 @@ def run_planted(size: Size, seeds: Sequence[int], processes: int) -> Iterator[di
     """The benchmark's figures (plain values, stable keys) after each world; the last are those of all of them."""
     tasks = [(seed, rotary) for seed in seeds for rotary in WORLDS.values()]
     worlds = []
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(processes) as pool:
         for future in [pool.submit(run_world, size, *task) for task in tasks]:
             worlds.append(future.result())
             common = {"seeds": list(seeds), "multiples": list(MULTIPLES), "worlds_left": len(tasks) - len(worlds)}

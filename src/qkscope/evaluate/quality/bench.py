@@ -4,8 +4,8 @@
    is what the others get.
 2. `default` at that L0, at half and at a quarter of it, and at that L0 with the pair penalty (`few pairs`); the
    untrained controls at that L0; and `live width`, `default` anew with only as many features as lived.
-3. Pairs: the seed's mask, as it is and cut to smaller counts by importance; prune and tune of `default` and of `few
-   pairs`.
+3. Pairs: the seed's masks, as they are and cut to smaller counts by importance; prune and tune of `default` and of
+   `few pairs`.
 4. What an adversary can do to the maps with what they left out.
 
 All dictionaries read the same training tokens, all ways to prune the same again. Every figure is a mean over held-out
@@ -36,7 +36,7 @@ from ..controls import untrained
 from ..patched import PatchedScore, zero_pattern
 from ..patterns import KLScore, PatternScore, uniform_log_pattern
 from ..report import Activity
-from ..workbench import Workbench
+from ..workbench import MASK, Workbench
 
 FEW = "few pairs"
 LIVE = "live width"
@@ -55,7 +55,8 @@ class Size:
     heldout_tokens: int
     counts: tuple[int, ...]
     """Pair counts, falling; tune starts from twice the first."""
-    mask_sparsity: float
+    mask_sparsity: tuple[float, ...]
+    """The mask's penalty, one mask for each: weak ones keep most pairs, strong ones cost KL."""
     mask_tokens: int
     """Training tokens of the mask: dense, it takes ten times as long a token as the rest with a rotary embedding."""
     pair_sparsity: float
@@ -179,7 +180,7 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
     yield {"dictionary": LIVE, "method": "all pairs", "seconds": seconds, **bench.judge(narrow)}
     for name, figures in bench.controls(jobs["default"]).items():
         yield {"dictionary": name, "method": "all pairs", "seconds": 0.0, **figures}
-    yield from _pruned(bench, "seed", seed, (), (size.mask_sparsity,))
+    yield from _pruned(bench, "seed", seed, (), size.mask_sparsity)
     for name in ("default", FEW):
         yield from _pruned(bench, name, jobs[name], ("tune",), ())
 
@@ -190,13 +191,17 @@ def _pruned(
     """Rows of every way to prune; the adversary plays against the map of `adversary_count` pairs."""
     size = bench.size
     for method, count, made, seconds in bench.prune(job, size.counts, size.tokens, methods, masks, size.mask_tokens):
-        method = "mask" if method.startswith("mask") and "refit" not in method else method
         row = {"dictionary": name, "method": method, "asked": count, "seconds": seconds, **bench.judge(made)}
         if count == size.adversary_count:
             row["adversary"] = bench.adversary(made)
         yield row
 
 
-def whole_mask(layer: dict[str, Any]) -> dict[str, Any]:
-    """The row of the trained mask as it is, before it is cut to a count."""
-    return max((row for row in layer["rows"] if row["method"] == "mask"), key=lambda row: row["pairs"])
+def whole_masks(layer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The row of each trained mask as it is, before it is cut to a count, by its method."""
+    masks: dict[str, dict[str, Any]] = {}
+    for row in layer["rows"]:
+        method = row["method"]
+        if method.startswith(MASK) and row["pairs"] > masks.get(method, {"pairs": -1})["pairs"]:
+            masks[method] = row
+    return masks

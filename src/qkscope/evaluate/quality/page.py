@@ -11,7 +11,7 @@ from ...files import write_text
 from .. import charts
 from ..charts import Series, bounds, legend, number, text
 from ..page import framed, table
-from .bench import FEW, whole_mask
+from .bench import FEW, whole_masks
 
 CURVES = {  # dictionaries: what is said, circle class
     "seed": ("published recipe, mended", "g"),
@@ -70,21 +70,21 @@ def curve_of(layers: Sequence[dict[str, Any]], name: str, by: str, loss: str) ->
     """One dictionary's curve: a point for each L0 of all its pairs, or for each count of its kept pairs."""
     kept: dict[Any, list[tuple[float, dict[str, Any]]]] = {}
     for layer in layers:
-        whole = whole_mask(layer)
+        whole = list(whole_masks(layer).values())
         for row in layer["rows"]:
             pruned, which = "pairs" in row, row["dictionary"]
             same = which == name or (by == "L0" and which.startswith(f"{name}, "))
             if not same or pruned is not (by == "pairs"):
                 continue
             x = row["pairs"] if pruned else (row["l0_query"]["mean"] + row["l0_key"]["mean"]) / 2
-            key = (
-                which if not pruned else "whole" if row is whole else row["asked"]
-            )  # it leaves its own count each time
-            kept.setdefault(key, []).append((x, row[loss]))
+            # A whole mask leaves its own count each time.
+            asked = None if not pruned or any(row is mask for mask in whole) else row["asked"]
+            kept.setdefault((which, row["method"], asked), []).append((x, row[loss]))
     points = []
     for same in kept.values():
         values = [figure["mean"] for _, figure in same]
         ends = [min(values), max(values)] if len(values) > 1 else bounds(same[0][1])
         ends = ends if ends and ends[0] > 0 else None
         points.append((statistics.fmean(x for x, _ in same), statistics.fmean(values), ends))
-    return points
+    # Of several masks, each with its own curve, the best at each cost.
+    return [p for p in points if not any(cost <= p[0] and value < p[1] for cost, value, _ in points)]

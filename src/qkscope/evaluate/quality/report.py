@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import platform
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,18 +25,20 @@ from ...embedded import EMBEDDED_MODELS
 from ...errors import UserError
 from ...files import unwritable, write_json
 from ...models import load_model
-from .bench import FEW, LIVE, LayerBench, Size, rows_of, whole_mask
+from ..workers import worker_pool
+from .bench import FEW, LIVE, LayerBench, Size, rows_of, whole_masks
 from .page import write_scoreboard
 
 SIZES = {
     "small": Size(
-        width=300, sparsity=0.01, tokens=300_000, heldout_tokens=8_192, counts=(8000, 4000, 2000, 1000, 500),
-        mask_sparsity=1e-6, mask_tokens=100_000, pair_sparsity=0.03,
+        width=300, sparsity=0.01, tokens=300_000, heldout_tokens=8_192,
+        counts=(16000, 8000, 4000, 2000, 1000, 500),
+        mask_sparsity=(1e-6, 1e-5), mask_tokens=100_000, pair_sparsity=0.03,
         adversary_count=2000, adversary_tokens=1024, batch_tokens=512,
     ),
     "medium": Size(
         width=600, sparsity=0.01, tokens=2_000_000, heldout_tokens=32_768, counts=(16000, 8000, 4000, 2000, 1000, 500),
-        mask_sparsity=1e-6, mask_tokens=1_000_000, pair_sparsity=0.03,
+        mask_sparsity=(1e-6, 1e-5), mask_tokens=1_000_000, pair_sparsity=0.03,
         adversary_count=4000, adversary_tokens=4096,
     ),
 }  # fmt: skip
@@ -62,7 +62,7 @@ def bench_quality(
     found: dict[str, Any] = {"benchmark": "quality", "size": size, "budget": vars(SIZES[size]), "device": device}
     done = _done(path, found)
     left = [task for task in tasks if _key(task) not in done]
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(processes) as pool:
         for number, result in enumerate(pool.map(_run_task, left, [SIZES[size]] * len(left)), start=1):
             done[_key(left[number - 1])] = result
             if path is not None:
@@ -123,7 +123,7 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     """One layer and seed: ratios to the baseline, and what stands alone."""
     rows = {(row["dictionary"], row["method"], row.get("asked")): row for row in layer["rows"]}
     seed, default = rows["seed", "all pairs", None], rows["default", "all pairs", None]
-    whole = whole_mask(layer)
+    masks = whole_masks(layer)
     by_l0 = [(row["l0_query"]["mean"] + row["l0_key"]["mean"], kl_of(row)) for row in layer["rows"] if _of_default(row)]
     base_l0 = seed["l0_query"]["mean"] + seed["l0_key"]["mean"]
     out: dict[str, float | None] = {
@@ -131,13 +131,18 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
         "L0 ÷ seed's, at seed's KL": _ratio(least(by_l0, kl_of(seed)), base_l0),
         "dead, default": max(default[f"dead_{side}"]["mean"] for side in SIDES),
         "KL at the live width ÷ KL, default": kl_of(rows[LIVE, "all pairs", None]) / kl_of(default),
-        "pairs of seed's mask": float(whole["pairs"]),
-        "KL of seed's mask": kl_of(whole),
     }
+    for method, mask in masks.items():
+        out[f"pairs of seed's {method}"] = float(mask["pairs"])
+        out[f"KL of seed's {method}"] = kl_of(mask)
     for name in ("default", FEW):
         maps = [row for row in layer["rows"] if row["dictionary"] == name and row["method"] == "prune and tune"]
-        needed = least([(float(row["pairs"]), kl_of(row)) for row in maps], kl_of(whole))
-        out[f"pairs ÷ the mask's, at its KL, {name}"] = _ratio(needed, whole["pairs"])
+        curve = [(float(row["pairs"]), kl_of(row)) for row in maps]
+        for method, mask in masks.items():
+            out[f"pairs ÷ those of {method}, at its KL, {name}"] = _ratio(least(curve, kl_of(mask)), mask["pairs"])
+        for row in maps[::2]:
+            cut = [kl_of(other) for method in masks if (other := rows.get(("seed", method, row["asked"])))]
+            out[f"KL ÷ the best mask's cut to {row['asked']:,} pairs, {name}"] = kl_of(row) / min(cut)
         largest = max(maps, key=lambda row: row["pairs"])
         out[f"KL of the largest map, {name}"] = kl_of(largest)
         out[f"ΔCE of the largest map, {name}"] = largest["ce_increase"]["mean"]
