@@ -143,6 +143,9 @@ def require_report(here: Path, model: str, kept: int, total: int, features: pa.T
         assert report["dead"][side]["mean"] == pytest.approx(1 - sum(live) / len(live))
         density = sum(row["density"] for row in features.to_pylist() if row["side"] == side)
         assert report["l0"][side]["mean"] == pytest.approx(density, rel=1e-4)
+        told = report["dense_features"][side]
+        assert told["dense"]["count"] / len(live) == pytest.approx(report["dense"][side]["mean"])
+        assert told["dense"]["count"] + told["others"]["count"] == sum(live)
 
 
 @pytest.mark.parametrize(

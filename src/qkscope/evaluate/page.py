@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -416,8 +417,24 @@ def _densest(layer: Layer) -> str:
             "place in the sequence alone explains. Where examples say little, its partner may: the other side of its "
             "most important pair.")  # fmt: skip
     head = ["fires on", "feature", "mean", "max", "pairs", "importance, mnat", "by position", "partner"]
-    opening = f'<h3>Densest features</h3><p class="note">{note}</p>'
+    said = "".join(f"<p>{text(words)}</p>" for words in _dense_in_words(layer))
+    opening = f'<h3>Densest features</h3>{said}<p class="note">{note}</p>'
     return opening + table(head, rows, "dense tokens", (1,)) if rows else ""
+
+
+def _dense_in_words(layer: Layer) -> Iterator[str]:
+    """A sentence a side on what its dense features are for, beside the others."""
+    for side, other in zip(SIDES, SIDES[::-1], strict=True):
+        dense, others = (layer.figure("dense_features", side, name) for name in ("dense", "others"))
+        if not dense or not dense["count"]:
+            continue
+        worth, first, bias = (_short(dense[key], True) for key in ("importance", "first", "bias"))
+        yield (
+            f"{dense['count']} {side} features fire on more than 10 % of tokens and hold {worth} of the importance. "
+            f"{first} of theirs is paired with {other} features that fire on the first token (of the others': "
+            f"{_short(others['first'], True)}), {bias} with the {other} bias ({_short(others['bias'], True)}). "
+            f"{dense['positional']} of them mostly follow position."
+        )
 
 
 def _partner(layer: Layer, feature: dict[str, Any]) -> str:

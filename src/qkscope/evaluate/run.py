@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from ..attention import AttentionInputs, AttentionSite, harvest, open_sites
@@ -26,6 +27,7 @@ from ..progress import Reporter
 from ..run_folder import claimed, layer_folder, require_finished, variants
 from ..target import outcome
 from ..training.stream import harvest_finite
+from .dense import dense_features
 from .faithful import CURVE_TOKENS, faithfulness
 from .heads import head_roles
 from .labels import StoryLabels
@@ -138,6 +140,9 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
             seconds = dec.report.get("seconds", {})
     report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
     examples.write(target, site.tokenizer)
+    features, kept = (pq.read_table(target / f"{name}.parquet") for name in ("features", "pairs"))
+    tokens = report["tokens"]
+    report["dense_features"] = dense_features(features, kept, tokens["evaluated"], tokens["sequences"])
     write_json(target / "patterns.json", _shown_patterns(dec, site, first[0]))
     write_json(target / "report.json", report)
     return report
