@@ -56,8 +56,5 @@ def dense_features(features: pa.Table, pairs: pa.Table, tokens: int, sequences: 
 def first_share(rows: pa.Table, tokens: int, sequences: int) -> np.ndarray:
     """Share of each feature's activation that falls on the first token of a sequence, [F]; 0 where it never fired."""
     profile_FR = rows["positions"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
-    return (
-        profile_FR[:, 0]
-        * sequences
-        / np.maximum(rows["density"].to_numpy() * rows["mean_activation"].to_numpy() * tokens, 1e-30)
-    )
+    fired = rows["density"].to_numpy() * rows["mean_activation"].to_numpy() * tokens
+    return profile_FR[:, 0] * sequences / np.maximum(fired, 1e-30)
