@@ -97,6 +97,11 @@ def _next_token_loss(log_probabilities: Tensor, batch: Batch) -> Tensor:
     return -log_probabilities[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
 
 
+def ready(log_pattern: Tensor) -> PatternSource:
+    """A log-pattern that is there already, as a source. Only for one layer patched alone: it sees the model's own x."""
+    return lambda inputs: exp(log_pattern)
+
+
 def zero_pattern(inputs: Any) -> Tensor:
     """No attention at all."""
     return torch.zeros_like(inputs.log_pattern_BNQK)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs, AttentionSite, PatternSource
+from ..attention import AttentionInputs, AttentionSite
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
 from ..explain.examples import Examples
@@ -17,7 +17,7 @@ from ..pairs.pair_map import Pairs, pair_scores, rows, with_bias
 from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
-from .patched import PatchedScore, zero_pattern
+from .patched import PatchedScore, ready, zero_pattern
 from .patterns import KLScore, MeanPattern, PatternScore, uniform_log_pattern, uniform_pattern
 
 DENSE = 0.1  # a feature that fires on more than this share of tokens is dense
@@ -133,15 +133,9 @@ def measure(
         if check is None:
             check = _check_map(dec, inputs)
         if site.has_head:
-            variants: dict[str, PatternSource] = {
-                "transcoders": dec.pattern_source("all"),
-                "map_pruned": dec.pattern_source("kept"),
-                "zero": zero_pattern,
-                "uniform": uniform_pattern,
-                "mean": mean,
-            }
-            if step1 is not None:
-                variants["step1"] = step1.pattern_source("all")
+            again = ("transcoders", "map_pruned", *(["step1"] if step1 is not None else []))
+            variants = {name: ready(patterns[name]) for name in again}
+            variants |= {"zero": zero_pattern, "uniform": uniform_pattern, "mean": mean}
             patched.add(site, batch, variants)
         tokens += batch.n_tokens
         sequences += len(batch.tokens_BT)

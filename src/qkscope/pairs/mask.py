@@ -129,12 +129,17 @@ class MaskJob(Job):
 
     def kl_rows(self, target: PatternTarget) -> Tensor:
         n_groups = target.inputs.k_BTGH.shape[2]
+        acts_q, acts_k = (
+            with_bias(side.encode(target.x_nD))[:, live]
+            for side, live in ((self.query, self.live_q), (self.key, self.live_k))
+        )
+        q, k = ((acts > 0).any(0).nonzero()[:, 0] for acts in (acts_q, acts_k))  # the others add zeros to every score
         scores = masked_scores(
-            self.mask,
-            target.unpack(with_bias(self.query.encode(target.x_nD))[:, self.live_q]),
-            target.unpack(with_bias(self.key.encode(target.x_nD))[:, self.live_k]),
-            rows(self.query, self.n_heads)[self.live_q],
-            rows(self.key, n_groups)[self.live_k],
+            self.mask[:, q][:, :, k],
+            target.unpack(acts_q[:, q]),
+            target.unpack(acts_k[:, k]),
+            rows(self.query, self.n_heads)[self.live_q[q]],
+            rows(self.key, n_groups)[self.live_k[k]],
             target.rule,
         )
         return target.kl_rows(target.rule.cap(scores))

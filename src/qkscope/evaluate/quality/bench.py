@@ -33,7 +33,7 @@ from ...training.step1 import Step1Job
 from ...training.stream import ModelStream
 from ..adversary import adversary
 from ..controls import untrained
-from ..patched import PatchedScore, zero_pattern
+from ..patched import PatchedScore, ready, zero_pattern
 from ..patterns import KLScore, PatternScore, uniform_log_pattern
 from ..report import Activity
 from ..workbench import MASK, Workbench
@@ -107,10 +107,11 @@ class LayerBench(Workbench):
         activity = {side: Activity() for side in SIDES}
         for batch in self.heldout:
             inputs = self._inputs(batch)
-            score.add(inputs, source(inputs))
+            log_pattern = source(inputs)
+            score.add(inputs, log_pattern)
             if pairs == "kept":
                 whole.add(inputs, dec.log_pattern_all(inputs))
-            patched.add(self.site, batch, {"patched": dec.pattern_source(pairs)})
+            patched.add(self.site, batch, {"patched": ready(log_pattern)})
             for side, t in zip(SIDES, (dec.query, dec.key), strict=True):
                 activity[side].add(t.encode(inputs.x_BTD.float()), batch.real_BT)
         found = {side: a.report() for side, a in activity.items()}
@@ -188,11 +189,11 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
 def _pruned(
     bench: LayerBench, name: str, job: Step1Job, methods: Sequence[str], masks: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of every way to prune; the adversary plays against the map of `adversary_count` pairs."""
+    """Rows of every way to prune; the adversary plays against `adversary_count` pairs, not the weakest mask's."""
     size = bench.size
     for method, count, made, seconds in bench.prune(job, size.counts, size.tokens, methods, masks, size.mask_tokens):
         row = {"dictionary": name, "method": method, "asked": count, "seconds": seconds, **bench.judge(made)}
-        if count == size.adversary_count:
+        if count == size.adversary_count and method != f"{MASK}{size.mask_sparsity[0]:g}":
             row["adversary"] = bench.adversary(made)
         yield row
 

@@ -31,10 +31,10 @@ from .page import write_scoreboard
 
 SIZES = {
     "small": Size(
-        width=300, sparsity=0.01, tokens=300_000, heldout_tokens=8_192,
+        width=300, sparsity=0.02, tokens=300_000, heldout_tokens=8_192,
         counts=(16000, 8000, 4000, 2000, 1000, 500),
         mask_sparsity=(1e-6, 1e-5), mask_tokens=100_000, pair_sparsity=0.03,
-        adversary_count=2000, adversary_tokens=1024, batch_tokens=512,
+        adversary_count=2000, adversary_tokens=512, batch_tokens=512,
     ),
     "medium": Size(
         width=600, sparsity=0.01, tokens=2_000_000, heldout_tokens=32_768, counts=(16000, 8000, 4000, 2000, 1000, 500),
