@@ -132,7 +132,9 @@ class Runner:
                 for job in maps:
                     self._calibrate(job)
                     sample = self.sample(job.layer, "train", self._sample_tokens())
-                    job.keep(mattering(self._importance(job, sample)))
+                    worth_P = self._importance(job, sample, rough=phase is not phases[-1])
+                    job.keep(matter := mattering(worth_P))
+                    job.worth_P = worth_P[matter]
             maps, stopped = self._judge(maps, phase, stopped)
             if not maps:
                 break
@@ -257,9 +259,9 @@ class Runner:
 
     def _next_job(self, job: Job, phase: Phase) -> MapJob:
         """The job of a phase from the one before: ranked from step 1's dictionaries, or pruned further."""
-        sample = self.sample(job.layer, "train", self._sample_tokens())
         if isinstance(job, MapJob):
-            job.keep(top(self._importance(job, sample), phase.count))
+            assert job.worth_P is not None
+            job.keep(top(job.worth_P, phase.count))
             return job
         chosen = self._ranked(job, phase.count)
         chosen.keep(torch.arange(len(chosen.pairs), device=self.device))
@@ -270,7 +272,7 @@ class Runner:
         """The most important pairs between a job's dictionaries: `count`, or the fewest under the KL bound."""
         settings = self.config.pairs
         sample = self.sample(job.layer, "train", self._sample_tokens())
-        pairs, importance = rank_pairs(sample, job.query, job.key, count)
+        pairs, importance = rank_pairs(sample, job.query, job.key, count, rough=settings.method == "tune")
         if settings.max_kl is not None and settings.method != "tune":
             validation = self.sample(job.layer, "validation", settings.validation_tokens)
 
@@ -299,10 +301,10 @@ class Runner:
                 going.append(job.train())
         return going, [*stopped, *(j.name for j in jobs if j not in going)]
 
-    def _importance(self, job: MapJob, sample: list[AttentionInputs]) -> torch.Tensor:
+    def _importance(self, job: MapJob, sample: list[AttentionInputs], *, rough: bool = False) -> torch.Tensor:
         """Importance of a job's pairs at their present strengths, nats [P]."""
         training = job.training
-        plain = pair_importance(job.pairs, sample, job.query, job.key)
+        plain = pair_importance(job.pairs, sample, job.query, job.key, rough=rough)
         job.train(training)
         return plain * job.factor_P.detach().square()
 

@@ -98,9 +98,10 @@ class Workbench:
         query, key = job.query.eval(), job.key.eval()
         return Decomposition(self.layer, self.shape, query, key, pairs, strength, weight, strength, RunConfig())
 
-    def importance(self, job: MapJob) -> Tensor:
+    def importance(self, job: MapJob, *, rough: bool = False) -> Tensor:
         """Importance of a map's pairs at their present strengths, nats [P]."""
-        return pair_importance(job.pairs, self.sample, job.query, job.key) * job.factor_P.detach().square()
+        plain = pair_importance(job.pairs, self.sample, job.query, job.key, rough=rough)
+        return plain * job.factor_P.detach().square()
 
     # Pairs
 
@@ -119,8 +120,15 @@ class Workbench:
         before its last one less. A map that tune hands over goes on being trained afterwards: judge it at once.
         """
         ordered = sorted(counts, reverse=True)
-        began = time.process_time()
-        ranked, worth = rank_pairs(self.sample, job.query.eval(), job.key.eval(), max(ordered[0] * 4, 50_000))
+        if methods:
+            yield from self._ranked(job, ordered, tokens, methods)
+        for sparsity in mask_sparsity:
+            yield from self._masked(job, ordered, mask_tokens or tokens, sparsity, "refit" in methods)
+
+    def _ranked(self, job: Job, ordered: list[int], tokens: int, methods: Collection[str]) -> Iterator[Pruned]:
+        """What begins with the pairs ranked by importance; where tune is all that is wanted, roughly."""
+        began, most, rough = time.process_time(), max(ordered[0] * 4, 50_000), set(methods) == {"tune"}
+        ranked, worth = rank_pairs(self.sample, job.query.eval(), job.key.eval(), most, rough=rough)
         ranking = time.process_time() - began
         kept = [ranked.take(top(worth, count)) for count in ordered]
         if "importance" in methods:
@@ -134,14 +142,14 @@ class Workbench:
         if "tune" in methods:
             tuned, spent = self.map_job("tune", job, ranked, tuned=True), ranking
             for number, count in enumerate([ordered[0] * 2, *ordered]):
-                tuned.keep(top(self.importance(tuned), count))
+                tuned.keep(top(worth, count))
                 tuned.train()
                 spent += self.fit([tuned], tokens // (len(ordered) + 1))
-                tuned.keep(mattering(self.importance(tuned)))
+                worth = self.importance(tuned, rough=True)
+                tuned.keep(matter := mattering(worth))
+                worth = worth[matter]
                 if number:
                     yield "prune and tune", count, tuned, spent
-        for sparsity in mask_sparsity:
-            yield from self._masked(job, ordered, mask_tokens or tokens, sparsity, "refit" in methods)
 
     def _masked(self, job: Job, counts: list[int], tokens: int, sparsity: float, refit: bool) -> Iterator[Pruned]:
         """The published step 2, as it is and cut to each count by importance, and a refit of what each cut leaves."""
@@ -150,7 +158,7 @@ class Workbench:
         mask = MaskJob(self.layer, "mask", query, key, live, self.shape.N, sparsity=sparsity, rate=1e-2)
         took = self.fit([mask], tokens)
         pairs, values = mask.kept()
-        worth = pair_importance(pairs, self.sample, query, key) * values.square()
+        worth = pair_importance(pairs, self.sample, query, key, rough=True) * values.square()
         made: dict[int, MapJob] = {}
         for count in dict.fromkeys([len(pairs), *counts]):
             index = top(worth, count)

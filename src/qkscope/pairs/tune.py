@@ -59,6 +59,7 @@ class MapJob(Job):
         self.register_buffer("head_P", pairs.head_P)
         self.factor_P = nn.Parameter(torch.ones(len(pairs), device=query.W_dec.device))
         self._pairs: Pairs | None = None
+        self.worth_P: Tensor | None = None  # importance of the pairs as last measured, for the next pruning
         self.train()
 
     def train(self, mode: bool = True) -> MapJob:
@@ -155,7 +156,7 @@ class MapJob(Job):
     @torch.no_grad()
     def keep(self, index: Tensor) -> None:
         """Prune to these of the pairs; tune also drops the features that none of them names."""
-        index = index.sort().values
+        index, self.worth_P = index.sort().values, None
         self.query_P, self.key_P, self.head_P = self.query_P[index], self.key_P[index], self.head_P[index]
         self.factor_P = nn.Parameter(self.factor_P.detach()[index])
         if self.dictionary_rate > 0:
