@@ -19,7 +19,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qkscope.attention import AttentionSite, harvest
-from qkscope.config import DictionaryConfig, RunConfig
+from qkscope.config import DictionaryConfig, RunConfig, TrainingConfig
 from qkscope.decomposition import Decomposition, SiteShape
 from qkscope.explain.trace import Trace
 from qkscope.pairs.pair_map import Pairs
@@ -69,7 +69,7 @@ def main() -> None:
 
 def some_decomposition(site: AttentionSite, sample: list, args: argparse.Namespace) -> Decomposition:
     shape = SiteShape(**site.shape, rotary=False)
-    config = resolved(DictionaryConfig(width=args.width, k=args.k))
+    config = resolved(DictionaryConfig(width=args.width, k=args.k), TrainingConfig())
     statistics_ = side_statistics(sample)
     sides = [start(config, side, statistics_[side], "speed", 0) for side in ("query", "key")]
     x = sample[0].x_BTD[0].float()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkscope.config import Activation, DictionaryConfig, RunConfig
+from qkscope.config import Activation, DictionaryConfig, RunConfig, TrainingConfig
 from qkscope.decomposition import Decomposition, SiteShape
 from qkscope.dictionary import SparseTranscoder
 from qkscope.pairs.pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
@@ -265,7 +265,8 @@ def slow_map(
 
 
 def job_for(inputs: AttentionInputs, seed: int = 0, **config: Any) -> Step1Job:
-    wanted = resolved(DictionaryConfig(**{"recipe": "seed", "width": 9, "width_key": 8, "k": 3, **config}))
+    values = {"recipe": "seed", "width": 9, "width_key": 8, "k": 3, **config}
+    wanted = resolved(DictionaryConfig(**values), TrainingConfig())
     assert wanted.activation is not None
     return Step1Job(0, "", wanted, *some_sides(inputs, seed, activation=wanted.activation))
 

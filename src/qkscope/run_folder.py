@@ -158,14 +158,14 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
     """Each pair of dictionaries of a run by the name of its sub-folder; a run without a sweep has one, named ''."""
     axes = {name: values for name, values in config.sweep.model_dump().items() if values}
     if not axes:
-        return {"": config.model_copy(update={"dictionary": resolved(config.dictionary)})}
+        return {"": config.model_copy(update={"dictionary": resolved(config.dictionary, config.training)})}
     out: dict[str, RunConfig] = {}
     seen: list[DictionaryConfig] = []
     for combination in itertools.product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
         values = config.dictionary.model_dump() | chosen
         try:
-            dictionary = resolved(DictionaryConfig(**values))
+            dictionary = resolved(DictionaryConfig(**values), config.training)
         except ValidationError as error:
             raise UserError(f"--sweep: {_label(chosen)}: {one_line(error)}") from None
         chosen = {k: v for k, v in chosen.items() if _matters(k, dictionary)}

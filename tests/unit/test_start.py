@@ -9,7 +9,7 @@ import torch
 from layers import LAYERS, close, slow_kl_rows, slow_pattern_of, slow_scores, some_inputs, turn_matrix
 from torch import Tensor
 
-from qkscope.config import Activation, DictionaryConfig
+from qkscope.config import Activation, DictionaryConfig, TrainingConfig
 from qkscope.pattern import AttentionInputs
 from qkscope.training.recipes import resolved
 from qkscope.training.start import label_seed, score_metrics, side_statistics, slopes, start
@@ -136,7 +136,7 @@ def test_statistics_are_means_over_batches() -> None:
 
 def some_start(side: str = "query", **values: Any) -> tuple[Any, Any]:
     statistics = side_statistics([some_inputs(26, batch=6, length=60)])
-    config = resolved(DictionaryConfig(**{"width": 64, "k": 8, **values}))
+    config = resolved(DictionaryConfig(**{"width": 64, "k": 8, **values}), TrainingConfig())
     return start(config, side, statistics[side], "layer 3", 0), statistics[side]
 
 
@@ -198,7 +198,7 @@ def test_what_each_activation_starts_with(activation: Activation) -> None:
 
 def test_a_start_depends_on_its_label_and_seed_alone() -> None:
     statistics = side_statistics([some_inputs(26, batch=6, length=60)])
-    config = resolved(DictionaryConfig(width=20, k=4))
+    config = resolved(DictionaryConfig(width=20, k=4), TrainingConfig())
 
     def weights(label: str, seed: int, side: str = "query") -> Tensor:
         torch.rand(3)  # whatever else draws from the global generator

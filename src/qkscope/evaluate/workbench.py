@@ -52,7 +52,7 @@ class Workbench:
 
     def step1(self, name: str, config: DictionaryConfig) -> Step1Job:
         """Untrained dictionaries."""
-        config = resolved(config)
+        config = resolved(config, self.config)
         query, key = (start(config, s, self.statistics[s], name, self.config.seed) for s in ("query", "key"))
         return Step1Job(self.layer, name, config, query, key)
 

@@ -2,7 +2,9 @@
 
 What is notable: queries and keys are (nearly) linear in the attention's input, so a decoder row that is its encoder
 direction sent through the model's own projection reconstructs from the first step. The projection is read off the data
-by least squares, which is exact for a linear projection and needs no architecture's weight names.
+by least squares, which is exact for a linear projection and needs no architecture's weight names. The directions are
+those of inputs that were seen, each a little off, so that a common one (BOS) is not there twice: on layers of several
+models it leaves fewer features dead than random directions, and a few percent less KL.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from ..dictionary import SparseTranscoder
 from ..kernels.row_kl import exp
 from ..pattern import AttentionInputs, PatternRule
 from .objective import PatternTarget
+
+JITTER = 0.2
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,8 @@ def start(config: DictionaryConfig, side: str, statistics: SideStatistics, label
             transcoder.W_dec.uniform_(-((6 / width) ** 0.5), (6 / width) ** 0.5, generator=generator)
             transcoder.to(x.device)
         else:
-            directions = torch.randn(d_in, width, generator=generator)
-            transcoder.W_enc.copy_(directions / directions.norm(dim=0))
             transcoder.to(x.device)
+            transcoder.W_enc.copy_(_directions(x, width, generator))
             transcoder.b_in.copy_(x.mean(0))
             transcoder.b_out.copy_(out.mean(0))
             transcoder.W_dec.copy_(transcoder.W_enc.T @ statistics.projection_DM)
@@ -139,6 +142,16 @@ def start(config: DictionaryConfig, side: str, statistics: SideStatistics, label
         elif config.activation == "batchtopk":
             transcoder.threshold.zero_()
     return transcoder
+
+
+def _directions(x_nD: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Unit directions of inputs from their mean, each with a random one of `JITTER` its length added, [D, F]."""
+    order = torch.cat([torch.randperm(len(x_nD), generator=generator) for _ in range(-(-width // len(x_nD)))])
+    seen = (x_nD - x_nD.mean(0))[order[:width].to(x_nD.device)].T
+    seen = seen / seen.norm(dim=0).clamp(min=1e-12)
+    other = torch.randn(seen.shape, generator=generator).to(x_nD.device)
+    both = seen + JITTER * other / other.norm(dim=0)
+    return both / both.norm(dim=0)
 
 
 def _fit_gain(transcoder: SparseTranscoder, x_nD: Tensor, out_nM: Tensor) -> None:

@@ -186,7 +186,7 @@ def _pruned(
 
 def control_jobs(bench: PlantedBench, l0: dict[str, float]) -> dict[str, Job]:
     """The untrained controls at the L0 of `default`."""
-    config = resolved(DictionaryConfig(width=bench.size.width, k=bench.size.k))
+    config = resolved(DictionaryConfig(width=bench.size.width, k=bench.size.k), bench.config)
     plain = bench.decomposition(bench.step1("controls", config))
     plain = replace(plain, config=RunConfig(training=bench.config))
     made = untrained(plain, bench.sample, l0)
