@@ -4,7 +4,8 @@
 
 For each model and bound one run over its last layers (it goes on where it was interrupted). Printed by layer: the KL of
 step 1 beside what it was steered to, active features, pairs, the pruned map's held-out KL and cross-entropy increase,
-and the training tokens of step 2's stages, the last of which was not good enough and is thrown away.
+and the training tokens of step 2's stages, the last of which was not good enough and is thrown away; then what the
+model loses with all of these layers' patterns replaced at once.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main() -> None:
             for layer in config.layers:
                 rows.append(row_of(run, layer, {"model": Path(model).name, "layer": layer, args.loss: bound}))
                 print(line_of(rows[-1], args.loss), flush=True)
+            rows.append(together_of(run, {"model": Path(model).name, args.loss: bound}))
+            print(together_line(rows[-1], args.loss), flush=True)
     if args.json is not None:
         args.json.write_text(
             json.dumps({"arguments": vars(args) | {"folder": None, "json": None}, "rows": rows}, indent=1)
@@ -76,6 +79,20 @@ def row_of(run: qk.Run, layer: int, head: dict[str, Any]) -> dict[str, Any]:
         "step2_tokens": sum(tuned.values()),
         "seconds": report["seconds"],
     }
+
+
+def together_of(run: qk.Run, head: dict[str, Any]) -> dict[str, Any]:
+    """What the model loses with all layers of a run replaced at once."""
+    found = json.loads((run.folder / "together.json").read_text(encoding="utf-8"))
+    return {**head, **{key: found[key] for key in ("layers", "ce_increase", "logit_kl")}}
+
+
+def together_line(row: dict[str, Any], loss: str) -> str:
+    ce, zero = row["ce_increase"]["map_pruned"], row["ce_increase"]["zero"]["mean"]
+    return (
+        f"{row['model']} layers {', '.join(map(str, row['layers']))} at once, {loss} {row[loss]:g}: ΔCE {ce['mean']:+.4f} "
+        f"±{ce['ci95'][1] - ce['mean']:.4f} (zero {zero:+.3f}), logit KL {row['logit_kl']['map_pruned']['mean']:.4f}"
+    )
 
 
 def line_of(row: dict[str, Any], loss: str) -> str:
