@@ -89,8 +89,9 @@ def together_of(run: qk.Run, head: dict[str, Any]) -> dict[str, Any]:
 
 def together_line(row: dict[str, Any], loss: str) -> str:
     ce, zero = row["ce_increase"]["map_pruned"], row["ce_increase"]["zero"]["mean"]
+    layers = ", ".join(map(str, row["layers"]))
     return (
-        f"{row['model']} layers {', '.join(map(str, row['layers']))} at once, {loss} {row[loss]:g}: ΔCE {ce['mean']:+.4f} "
+        f"{row['model']} layers {layers} at once, {loss} {row[loss]:g}: ΔCE {ce['mean']:+.4f} "
         f"±{ce['ci95'][1] - ce['mean']:.4f} (zero {zero:+.3f}), logit KL {row['logit_kl']['map_pruned']['mean']:.4f}"
     )
 
