@@ -6,7 +6,7 @@ The loss is a weighted sum of rows, so its gradients in q̂ and k̂ are finished
 the backward pass is one multiplication. A block is some queries of some heads against the keys that these queries see:
 keys after a causal block's last query are never touched, nor those before a sliding window. Query heads that share a
 key head stand in one block as further rows, so no key is repeated. The true pattern is made anew in each block. Always
-float32.
+float32. On a CUDA device with Triton, pattern_kl_triton.py does the same.
 
 Shapes: M query heads of a key head, R = M · queries rows of a block; others as in attention.py. A leading 4 are the
 kinds of scores: q·k (the true ones), q̂·k̂, q̂·k and q·k̂; a leading 3 leaves the true ones out.
@@ -15,7 +15,9 @@ kinds of scores: q·k (the true ones), q̂·k̂, q̂·k and q·k̂; a leading 3 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ def pattern_kl(
 class _PatternKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_hat: Tensor, k_hat: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        kl_3, *grads = blocked(q, k, q_hat, k_hat, *rest, gradients=any(ctx.needs_input_grad))
+        kl_3, *grads = solver(q.device)(q, k, q_hat, k_hat, *rest, gradients=any(ctx.needs_input_grad))
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(kl_3)
         both, query_only, key_only = (part * kl for part, kl in zip(rest[-1], kl_3, strict=True))
@@ -74,6 +76,16 @@ class _PatternKL(torch.autograd.Function):
         to_q = grad_q * grads[0] if ctx.needs_input_grad[0] else None
         to_k = grad_k * grads[0] if ctx.needs_input_grad[1] else None
         return to_q, to_k, *[None] * 7
+
+
+@cache
+def solver(device: torch.device) -> Callable[..., Found]:
+    """Triton's kernels on a CUDA device where Triton is installed, else blocks."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from .pattern_kl_triton import fused
+
+        return fused
+    return blocked
 
 
 def blocked(
