@@ -195,6 +195,11 @@ def test_narrow_numbers_are_computed_with_in_float32() -> None:
     assert torch.equal(found[1], wanted[1])
 
 
+def test_without_triton_a_gpu_takes_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "find_spec", lambda name: None)
+    assert kernel.solver.__wrapped__(torch.device("cuda")) is kernel.blocked
+
+
 class Sizes(TorchDispatchMode):
     """The most elements of a tensor that any operation gave while open."""
 
