@@ -4,8 +4,9 @@
 
 Causal attention of GPT-2 small's shape on random queries and keys, a batch of `--tokens` tokens (one sequence at
 least). Printed for each context: processor seconds (on a GPU: seconds) of the KLs and gradients, median of the repeats,
-which take turns in one process; the most memory that a process of its own held beyond the inputs; how far the gradients
-are from those made of whole patterns, as a share of the largest; and the ratios of time and memory to that way.
+which take turns in one process; by how much that grew the most memory that a process of its own had held for its
+inputs; how far the gradients are from those made of whole patterns, as a share of the largest; and the ratios of time
+and memory to that way.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ if DEVICE == "cuda" and find_spec("triton"):
 
 
 def megabytes(context: int, way: str, args: argparse.Namespace) -> float:
-    """The most that this process holds while it takes a way, beyond the inputs."""
+    """By how much this process has to grow to take a way, its inputs once made."""
     small = argparse.Namespace(**{**vars(args), "tokens": 1})
     WAYS[way](case(16, small))  # what is loaded once
     inputs = case(context, args)
