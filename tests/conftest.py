@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels then run on a CPU
+
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)  # workers share the cores, and models this small are three times slower with two threads

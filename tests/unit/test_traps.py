@@ -53,7 +53,7 @@ def test_1_no_row_learns_from_a_masked_key(name: str) -> None:
     target = PatternTarget(inputs)
     target.__dict__["weight_BQ"] = torch.zeros(2, 7).index_fill(1, torch.tensor(row), 1.0)
     k = torch.randn_like(inputs.k_BTGH).requires_grad_()
-    target.kl(k_BTGH=k).backward()
+    target.kl(torch.randn_like(inputs.q_BTNH), k)[0].backward()
     assert k.grad is not None and torch.all(k.grad[:, hidden] == 0) and k.grad[:, ~hidden].abs().max() > 1e-3
     scores = torch.randn(2, 4, 7, 7).mul(1e4).requires_grad_()  # larger than any finite fill
     target.mean(target.kl_rows(scores)).backward()

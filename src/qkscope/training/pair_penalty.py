@@ -80,11 +80,10 @@ def _turned(target: PatternTarget, left_FNH: Tensor, right_FNH: Tensor, draw: in
 def drawn_places(target: PatternTarget, draw: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each head a sequence, one of its queries, and a key in proportion to the head's attention, int64 [N] each."""
     generator = torch.Generator().manual_seed(draw)
-    n_heads, length = target.inputs.q_BTNH.shape[2], target.real_BT.shape[1]
+    n_heads = target.inputs.q_BTNH.shape[2]
     places = target.real_BT.nonzero()
     chosen = places[torch.randint(len(places), (n_heads,), generator=generator).to(places.device)]
     b_N, i_N = chosen.unbind(1)
-    heads = torch.arange(n_heads, device=places.device)
-    attention_NK = target.pattern_BNQK[b_N, heads, i_N, :length].cpu() + 1e-12  # a sink may have taken all of it
+    attention_NK = target.attention(b_N, i_N).cpu() + 1e-12  # a sink may have taken all of it
     j_N = torch.multinomial(attention_NK, 1, generator=generator)[:, 0].to(places.device)
     return b_N, i_N, j_N

@@ -65,21 +65,20 @@ def score_metrics(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     column j, which costs ½·Σ_i P_ij(1-P_ij)·(scale·⟨q_i, e⟩)². Both are taken in the frame before the rotary embedding.
     """
     rule = inputs.rule
-    pattern = exp(inputs.rule.log_pattern(inputs.q_BTNH, inputs.k_BTGH))
-    slope = slopes(rule, inputs)
     n_query, n_key = inputs.q_BTNH.shape[2], inputs.k_BTGH.shape[2]
-    metric_q = pattern.new_zeros(n_query, *[inputs.q_BTNH.shape[-1]] * 2)
-    metric_k = pattern.new_zeros(n_key, *[inputs.k_BTGH.shape[-1]] * 2)
     q, k = inputs.q_BTNH.float(), inputs.k_BTGH.float()
+    metric_q = q.new_zeros(n_query, *[q.shape[-1]] * 2)
+    metric_k = q.new_zeros(n_key, *[q.shape[-1]] * 2)
     if rule.rotary is not None:
         q, k = rule.rotary.rotate(q), rule.rotary.rotate(k)
     tokens = int(inputs.real_BT.sum())
-    for b in range(len(q)):
-        real = inputs.real_BT[b]
-        for n in range(n_query):
-            g = n * n_key // n_query
-            weight = pattern[b, n][real][:, : len(real)]
-            rate = 1.0 if slope is None else slope[b, n][real]
+    for n in range(n_query):  # head by head: the patterns of all are never held at once
+        one, g = inputs.one_head(n), n * n_key // n_query
+        pattern_BQK = exp(one.rule.log_pattern(one.q_BTNH, one.k_BTGH))[:, 0]
+        slope = slopes(one.rule, one)
+        for b, real in enumerate(inputs.real_BT):
+            weight = pattern_BQK[b, real, : len(real)]
+            rate = 1.0 if slope is None else slope[b, 0, real]
             kk, qq = k[b, :, g], q[b, real, n]
             first = (weight * rate) @ kk
             second = (weight * rate * rate) @ (kk[:, :, None] * kk[:, None]).flatten(1)

@@ -97,11 +97,9 @@ class Step1Job(Job):
             penalty = pair_penalty(target, self.query, self.key, fired["query"], fired["key"], self.draw)
             extra = extra + self.config.pair_sparsity * penalty
             log["pair_penalty"] = penalty.detach()
-        both, query_only, key_only = target.kl_of(out["query"], out["key"])
-        loss = 3 * both + query_only + key_only + extra
-        self._kl_3 = torch.stack([both, query_only, key_only]).detach()
-        log["pattern_kl"] = both.detach()
-        return loss, log
+        kl, self._kl_3 = target.kl_of(out["query"], out["key"])
+        log["pattern_kl"] = self._kl_3[0]
+        return kl + extra, log
 
     def _aux_count(self, side: str) -> int:
         return math.ceil(AUX_FEATURES * (self.config.k if side == "query" else self.config.key_k))
