@@ -71,8 +71,9 @@ class DictionaryConfig(Config):
     pair_sparsity: float | None = Field(default=None, ge=0)
     """Weight of the pair penalty: how far the pairs of a head move its scores, summed over all of them. More of it
     leaves fewer pairs to prune, at more KL while all are kept."""
-    start: Literal["projection", "kaiming"] | None = None
-    """Decoder rows from the model's own projection of the encoder directions, or Kaiming uniform."""
+    start: Literal["projection", "random", "kaiming"] | None = None
+    """Encoder directions of inputs that were seen (projection) or at random, with decoder rows from the model's own
+    projection of them; or both Kaiming uniform."""
     norm: Literal["score", "decoder"] | None = None
     """What batchtopk and jumprelu weigh an activation by: its effect on scores, or its decoder row's norm."""
     aux: float | None = Field(default=None, ge=0)

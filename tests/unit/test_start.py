@@ -173,6 +173,18 @@ def test_a_decoder_row_is_its_encoder_direction_through_the_projection(side: str
     assert float(gain.median()) > 0
 
 
+@pytest.mark.parametrize("choice", ["projection", "random"])
+def test_directions_are_those_of_inputs_or_random(choice: str) -> None:
+    t, s = some_start(start=choice, width=300)
+    x = s.x_nD - s.x_nD.mean(0)
+    cosines = torch.nn.functional.normalize(x, dim=1) @ t.W_enc.detach()
+    close(t.W_enc.detach().norm(dim=0), torch.ones(300), 1e-6)
+    nearest = cosines.amax(0)
+    assert (nearest > 0.95).all() if choice == "projection" else nearest.median() < 0.95
+    same = t.W_enc.detach().T @ t.W_enc.detach() - torch.eye(300)
+    assert same.max() < 0.9999  # no two alike, though inputs may be
+
+
 def test_kaiming_start_is_uniform_without_biases() -> None:
     t, s = some_start(recipe="seed", width=500)
     d = s.x_nD.shape[1]

@@ -30,7 +30,7 @@ def untrained(dec: Decomposition, sample: list[AttentionInputs], l0: dict[str, f
     """The `random` and `svd` controls as decompositions without pairs (their patterns are `log_pattern_all`)."""
     statistics = _statistics(dec, sample)
     config = DictionaryConfig(
-        recipe="default", activation="batchtopk", start="projection", norm="decoder",
+        recipe="default", activation="batchtopk", start="random", norm="decoder",
         width=dec.query.width, width_key=dec.key.width, k=l0["query"], k_key=l0["key"],
     )  # fmt: skip
     seed = dec.config.training.seed
