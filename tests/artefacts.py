@@ -17,6 +17,7 @@ import yaml
 
 from qkscope.config import RunConfig
 from qkscope.decomposition import PAIR_COLUMNS
+from qkscope.explain.examples import GROUP_ROWS
 
 WORDS = ("<bos>", " the", " name", ".", "\n", " to", "Ann", " 7", ",", " café")
 HOSTILE = (
@@ -49,8 +50,8 @@ def save_artefact(
         table = _pairs(rng, features, pairs, heads)
         pq.write_table(table, layer / "pairs.parquet")
         pq.write_table(_features(rng, features, words), layer / "features.parquet")
-        pq.write_table(_examples(rng, features, words, examples), layer / "examples.parquet", row_group_size=1 << 15)
-        pq.write_table(_pair_examples(rng, table, words), layer / "pair_examples.parquet", row_group_size=1 << 15)
+        pq.write_table(_examples(rng, features, words, examples), layer / "examples.parquet", row_group_size=GROUP_ROWS)
+        pq.write_table(_pair_examples(rng, table, words), layer / "pair_examples.parquet", row_group_size=GROUP_ROWS)
         _json(layer / "report.json", _report(rng, features, pairs, heads))
         _json(layer / "patterns.json", _patterns(rng, words, heads))
         _json(layer / "truth.json", _truth(rng, features, heads, words))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import gzip
 import http.client
 import json
 import math
@@ -91,8 +93,9 @@ def test_rows_are_found_by_key_in_any_order(tmp_path_factory: Any, keys: list[in
     path = tmp_path_factory.mktemp("rows") / "rows.parquet"
     pq.write_table(pa.table({"key": pa.array(keys, pa.int64()), "row": range(len(keys))}), path, row_group_size=group)
     found = KeyedRows(path, ("key",), lambda table: table["key"].to_numpy())
-    for key in range(-3, 7):
-        assert [row["row"] for row in found.of(key)] == [i for i, other in enumerate(keys) if other == key]
+    wanted = [3, *range(-3, 7)]
+    for key, rows in zip(wanted, found.of(wanted), strict=True):
+        assert [row["row"] for row in rows] == [i for i, other in enumerate(keys) if other == key]
 
 
 @pytest.mark.parametrize("sort", ["feature", "density", "importance", "f1"])
@@ -426,27 +429,33 @@ def test_the_export_holds_what_the_server_says(folder: Path, get: Get, tmp_path:
     export(folder, site)
 
     def file(name: str) -> Any:
+        return json.loads(gzip.decompress((site / "data" / f"{name}.json.gz").read_bytes()))
+
+    def readable(name: str) -> Any:
         return json.loads((site / "data" / f"{name}.json").read_text())
 
-    run = file("run")
-    assert run == {**get("run"), "static": True, "live": False}
+    run = readable("run")
+    assert run == {**get("run"), "static": True, "live": False, "shards": run["shards"]}
     for about in run["layers"]:
-        n, shards = about["layer"], about["shards"]
-        assert file(f"{n}/report") == get(f"{n}/report") and file(f"{n}/head/2") == get(f"{n}/head/2")
+        n = about["layer"]
+        assert readable(f"{n}/report") == get(f"{n}/report") and file(f"{n}/head/2") == get(f"{n}/head/2")
         assert file(f"{n}/pattern/1") == get(f"{n}/pattern/1") and file(f"{n}/heads") == get(f"{n}/heads")
         for side in ("query", "key"):
             for feature in range(40):
-                shard = file(f"{n}/feature/{side}/shard/{feature // shards['features']}")
+                shard = file(f"{n}/feature/{side}/{feature // run['shards']['features']}")
                 assert shard[str(feature)] == get(f"{n}/feature/{side}/{feature}")
             assert sorted(map(repr, rows_of(file(f"{n}/features/{side}/0")))) == sorted(
                 map(repr, rows_of(get(f"{n}/features/{side}")))
             )
         rows = rows_of(file(f"{n}/pairs/0"))
         assert [row["rank"] for row in rows] == list(range(260))
+        found = file(f"{n}/pair/starts")
+        width, starts = found["width"], found["starts"]
+        assert width == 41 and len(starts) > 2  # more than any feature's number and its bias
         for row in rows[::7]:
-            sum_ = (row["query"] + 1) * 7919 + (row["key"] + 1) * 31 + row["head"]
-            cell = f"{row['query']}/{row['key']}/{row['head']}"
-            assert file(f"{n}/pair/shard/{sum_ % shards['pairs']}")[cell] == get(f"{n}/pair/{cell}")
+            cell = (row["head"] * width + row["query"] + 1) * width + row["key"] + 1
+            shard = file(f"{n}/pair/{bisect.bisect_right(starts, cell) - 1}")
+            assert shard[str(cell)] == get(f"{n}/pair/{row['query']}/{row['key']}/{row['head']}")
     assert (site / "index.html").read_bytes() == (server.STATIC / "index.html").read_bytes()
     assert (site / "vendor" / "d3.LICENSE").is_file()
 

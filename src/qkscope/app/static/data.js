@@ -1,5 +1,5 @@
-// The artefact's records, from a server (one record, one page of a table) or from an export's files (shards of records,
-// chunks of columns, which are filtered and sorted here as queries.py does there).
+// The artefact's records, from a server (one record, one page of a table) or from an export's compressed files (several
+// records each, chunks of columns, which are filtered and sorted here as queries.py does there).
 
 import { Problem } from "./net.js";
 import { rows } from "./format.js";
@@ -7,14 +7,15 @@ import { rows } from "./format.js";
 /** Reader of one layer. */
 export function layerData(api, number) {
   const about = api.run.layers.find((layer) => layer.layer === number);
-  const at = (path, query = "") => api.get(`data/${number}/${path}.json${query}`);
+  const plain = (path, query = "") => api.get(`data/${number}/${path}.json${query}`);
+  const at = api.run.static ? (path) => plain(path, ".gz") : plain;
   return {
     about,
-    report: () => at("report"),
+    report: () => plain("report"),
     head: (head) => at(`head/${head}`),
     heads: () => at("heads"),
     pattern: (head) => at(`pattern/${head}`),
-    ...(api.run.static ? files(about, at, api.run.rows) : served(at)),
+    ...(api.run.static ? files(about, at, api.run) : served(at)),
   };
 }
 
@@ -32,8 +33,8 @@ function served(at) {
   };
 }
 
-function files(about, at, size) {
-  const { shards, layer } = about;
+function files(about, at, { rows: size, shards }) {
+  const { layer } = about;
   const missing = (what) => {
     throw new Problem(`Layer ${layer} ${what}.`);
   };
@@ -52,7 +53,7 @@ function files(about, at, size) {
   return {
     async feature(side, feature) {
       const inside = feature >= 0 && feature < about.numbers[side];
-      const shard = inside ? await at(`feature/${side}/shard/${Math.floor(feature / shards.features)}`) : {};
+      const shard = inside ? await at(`feature/${side}/${Math.floor(feature / shards.features)}`) : {};
       return shard[feature] ?? missing(`has no ${side} feature ${feature}`);
     },
     async features(side, asked) {
@@ -62,11 +63,11 @@ function files(about, at, size) {
       });
     },
     async pair(query, key, head) {
-      const shard = await at(`pair/shard/${pairShard(query, key, head, shards.pairs)}`);
-      return (
-        shard[`${query}/${key}/${head}`] ??
-        missing(`keeps no pair of query feature ${query} and key feature ${key} in head ${head}`)
-      );
+      const { width, starts } = await at("pair/starts");
+      const cell = (head * width + query + 1) * width + key + 1; // as store.py has it
+      const inside = Math.max(query, key) + 2 <= width && cell >= starts[0];
+      const shard = inside ? await at(`pair/${d3.bisectRight(starts, cell) - 1}`) : {};
+      return shard[cell] ?? missing(`keeps no pair of query feature ${query} and key feature ${key} in head ${head}`);
     },
     async pairs(asked) {
       const first = !asked.sort && !Object.entries(asked).some(([name, value]) => name !== "page" && value !== "" && value !== undefined);
@@ -91,11 +92,6 @@ function files(about, at, size) {
       return { total: found.total, rows: await named(found.rows) };
     },
   };
-}
-
-/** The file that holds a pair; store.py has the same sum. */
-export function pairShard(query, key, head, count) {
-  return ((query + 1) * 7919 + (key + 1) * 31 + head) % count;
 }
 
 function hasText(feature, name, text) {
