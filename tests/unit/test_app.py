@@ -197,6 +197,31 @@ def test_a_pair_is_what_the_files_say(folder: Path, get: Get) -> None:
     }
 
 
+def test_a_pair_has_its_strength_by_distance_where_that_is_stored(tmp_path: Path, get: Get) -> None:
+    folder = save_artefact(tmp_path / "run", layers=(0,), rotary=True)
+    asked = client(folder)
+    assert asked.get("/data/run.json").json()["layers"][0]["has"]["distances"]
+    names = ("query_feature", "key_feature", "head")
+    table = pq.read_table(folder / "layer_0" / "pair_distance.parquet")
+    stored = {tuple(row[name] for name in names): row for row in table.to_pylist()}
+    pairs = pq.read_table(folder / "layer_0" / "pairs.parquet").to_pylist()
+    for row in pairs[::9]:
+        cell = tuple(row[name] for name in names)
+        found = asked.get(f"/data/0/pair/{cell[0]}/{cell[1]}/{cell[2]}.json").json()["distance"]
+        own = stored.get(cell)
+        assert (found is None) == (own is None)
+        if own is not None:
+            assert found["edges"] == json.loads(table.schema.metadata[b"distances"])
+            assert found["position"] is None or np.float32(found["position"]) == np.float32(own["position"])
+            for name in ("mean", "low", "high", "use"):
+                assert np.asarray(found[name], np.float32).tolist() == own[name]
+    assert 0 < len(stored) < len(pairs)
+    assert not get("run")["layers"][0]["has"]["distances"]
+    (folder / "layer_0" / "pair_distance.parquet").unlink()
+    cell = "/".join(str(pairs[0][name]) for name in names)
+    assert client(folder).get(f"/data/0/pair/{cell}.json").json()["distance"] is None
+
+
 def test_a_head_shares_what_another_has(folder: Path, get: Get) -> None:
     pairs = pq.read_table(folder / "layer_0" / "pairs.parquet").to_pylist()
     worth = {}

@@ -5,8 +5,10 @@ Shapes: P kept pairs (-1: a side's bias).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ..decomposition import SIDES
 from ..evaluate.stored import PAIR, read
+from ..explain import distance_table
 from .tables import KeyedRows, Missing, Table
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ class PairStore:
         self._layer = layer
 
     def warm(self) -> None:
-        _ = self._by_side, self._by_features, self._examples
+        _ = self._by_side, self._by_features, self._examples, self._distances
 
     # The table
 
@@ -106,13 +109,21 @@ class PairStore:
         query, key, head = self._named_in(rows)
         heads = self.table.take_each(self._in_heads(self._layer.cell(query, key, 0)))
         examples = self._examples.of(self.cells[rows]) if self._examples else [[] for _ in rows]
-        every = zip(*(column.tolist() for column in (rows, query, key, head)), heads, examples, strict=True)
+        distances = self._distances.of(self.cells[rows]) if self._distances else [[] for _ in rows]
+        named = (column.tolist() for column in (rows, query, key, head))
+        every = zip(*named, heads, examples, distances, strict=True)
         return [self._record(*one) for one in every]
 
     def _record(
-        self, rank: int, query: int, key: int, head: int, heads: dict[str, Any], examples: list[dict[str, Any]]
+        self,
+        rank: int,
+        query: int,
+        key: int,
+        head: int,
+        heads: dict[str, Any],
+        examples: list[dict[str, Any]],
+        distances: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        hidden = {*PAIR, "rank"}
         names = {side: self._layer.features.name(side, f) for side, f in zip(SIDES, (query, key), strict=True)}
         return {
             "query": query,
@@ -123,7 +134,8 @@ class PairStore:
             "heads": heads["columns"],
             "neighbours": self._neighbours(rank),
             "linked": self._layer.files.linked(dict(zip(PAIR, (query, key, head), strict=True))),
-            "examples": [{name: value for name, value in one.items() if name not in hidden} for one in examples],
+            "examples": [_without(one, *PAIR, "rank") for one in examples],
+            "distance": {"edges": self._edges, **_without(distances[0], *PAIR)} if distances else None,
         }
 
     def _in_heads(self, features: np.ndarray) -> list[np.ndarray]:
@@ -142,10 +154,27 @@ class PairStore:
 
     @cached_property
     def _examples(self) -> KeyedRows | None:
-        def key(table: pa.Table) -> np.ndarray:
-            return self._layer.cell(*(table[name].to_numpy().astype(np.int64) for name in PAIR))
+        return self._layer.keyed("pair_examples.parquet", PAIR, self._key)
 
-        return self._layer.keyed("pair_examples.parquet", PAIR, key)
+    @cached_property
+    def _distances(self) -> KeyedRows | None:
+        return self._layer.keyed(distance_table.NAME, PAIR, self._key)
+
+    @cached_property
+    def _edges(self) -> list[int]:
+        """Where each bin of distances starts, and where the last one ends."""
+        return read(self._layer.folder / distance_table.NAME, _edges)
+
+    def _key(self, table: pa.Table) -> np.ndarray:
+        return self._layer.cell(*(table[name].to_numpy().astype(np.int64) for name in PAIR))
+
+
+def _edges(path: Path) -> list[int]:
+    return json.loads((pq.read_schema(path).metadata or {}).get(b"distances", b"[]"))
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _sorted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

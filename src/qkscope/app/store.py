@@ -24,6 +24,7 @@ from .. import __version__
 from ..decomposition import read_run
 from ..errors import UserError
 from ..evaluate.stored import Layer, read
+from ..explain import distance_table
 from ..explain.opening import layer_folders
 from .feature_store import FeatureStore
 from .head_store import HeadStore
@@ -34,7 +35,7 @@ FILES = {
     "report": "report.json",
     "examples": "examples.parquet",
     "pair_examples": "pair_examples.parquet",
-    "distances": "pair_distance.parquet",
+    "distances": distance_table.NAME,
     "patterns": "patterns.json",
     "truth": "truth.json",
 }

@@ -97,8 +97,8 @@ def _values(column: Any) -> list[Any]:
         flat = _values(column.flatten())
         ends = np.cumsum(pc.call_function("list_value_length", [column]).fill_null(0).to_numpy()).tolist()
         return [flat[a:b] for a, b in pairwise([0, *ends])]
-    if column.null_count == 0 and pa.types.is_floating(column.type):
-        return plain(column.to_numpy())
+    if pa.types.is_floating(column.type):
+        return plain(column.fill_null(float("nan")).to_numpy())
     if column.null_count == 0 and pa.types.is_string(column.type):
         coded = column.dictionary_encode()
         texts = coded.dictionary.to_pylist()

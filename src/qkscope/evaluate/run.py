@@ -17,6 +17,7 @@ from ..data import Batch, Sequences
 from ..data.documents import EMBEDDED, Split
 from ..decomposition import Decomposition, load_transcoders, read_run
 from ..errors import UserError
+from ..explain.distance_table import write_distances
 from ..explain.examples import Examples, token_texts
 from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
@@ -138,6 +139,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
             seconds = dec.report.get("seconds", {})
     report["seconds"] = {**seconds, "evaluation": round(time.monotonic() - began, 1)}
     examples.write(target, site.tokenizer)
+    write_distances(dec, [harvest_finite(site, batch) for batch in first if dec.shape.rotary], target)
     write_json(target / "patterns.json", _shown_patterns(dec, site, first[0]))
     write_json(target / "report.json", report)
     return report

@@ -15,11 +15,11 @@ export function layerData(api, number) {
     head: (head) => at(`head/${head}`),
     heads: () => at("heads"),
     pattern: (head) => at(`pattern/${head}`),
-    ...(api.run.static ? files(about, at, api.run) : served(at)),
+    ...(api.run.static ? files(about, at, api.run) : served(at, number)),
   };
 }
 
-function served(at) {
+function served(at, number) {
   const page = async (path, asked) => {
     const entries = Object.entries(asked).filter(([, value]) => value !== undefined && value !== "");
     const found = await at(path, `?${new URLSearchParams(entries)}`);
@@ -29,6 +29,7 @@ function served(at) {
     feature: (side, feature) => at(`feature/${side}/${feature}`),
     features: (side, asked) => page(`features/${side}`, asked),
     pair: (query, key, head) => at(`pair/${query}/${key}/${head}`),
+    pairFile: async (query, key, head) => `data/${number}/pair/${query}/${key}/${head}.json`,
     pairs: (asked) => page("pairs", asked),
   };
 }
@@ -50,6 +51,13 @@ function files(about, at, { rows: size, shards }) {
     return found.map((row) => ({ ...row, query_name: name("query", row.query), key_name: name("key", row.key) }));
   }
 
+  /** The file that holds a pair (-1: none does), and the pair's cell in it; store.py has the same sum. */
+  async function place(query, key, head) {
+    const { width, starts } = await at("pair/starts");
+    const cell = (head * width + query + 1) * width + key + 1;
+    return { cell, shard: Math.max(query, key) + 2 <= width ? d3.bisectRight(starts, cell) - 1 : -1 };
+  }
+
   return {
     async feature(side, feature) {
       const inside = feature >= 0 && feature < about.numbers[side];
@@ -63,12 +71,11 @@ function files(about, at, { rows: size, shards }) {
       });
     },
     async pair(query, key, head) {
-      const { width, starts } = await at("pair/starts");
-      const cell = (head * width + query + 1) * width + key + 1; // as store.py has it
-      const inside = Math.max(query, key) + 2 <= width && cell >= starts[0];
-      const shard = inside ? await at(`pair/${d3.bisectRight(starts, cell) - 1}`) : {};
-      return shard[cell] ?? missing(`keeps no pair of query feature ${query} and key feature ${key} in head ${head}`);
+      const { cell, shard } = await place(query, key, head);
+      const found = shard >= 0 ? await at(`pair/${shard}`) : {};
+      return found[cell] ?? missing(`keeps no pair of query feature ${query} and key feature ${key} in head ${head}`);
     },
+    pairFile: async (query, key, head) => `data/${layer}/pair/${(await place(query, key, head)).shard}.json.gz`,
     async pairs(asked) {
       const first = !asked.sort && !Object.entries(asked).some(([name, value]) => name !== "page" && value !== "" && value !== undefined);
       const start = Number(asked.page ?? 0) * size;
