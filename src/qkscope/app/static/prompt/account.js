@@ -46,7 +46,7 @@ export function account(found, { name, factor, onScale, link, detail, whole, onW
     const named = h("a", { href: link(term) }, h("bdi", null, term.query_name), " → ", h("bdi", null, term.key_name));
     const scale = factorField(times, { words, place: `${place}.times`, onScale: (value) => onScale(term, value) });
     const kind = times === 0 ? "pair off" : times === 1 ? "pair" : "pair scaled";
-    return row(kind, onOff, term.value, named, h("small", null, detail(term), " ", scale));
+    return row(kind, onOff, term.value, named, h("small", null, detail(term), " · ", scale));
   }
 
   const more = h("button", { type: "button", class: "quiet", onclick: onWhole }, `show ${hidden.length}`);
@@ -87,7 +87,7 @@ export function factorField(factor, { words, place, onScale }) {
       else onScale(typed);
     },
   });
-  return h("label", { class: factor === 1 ? null : "changed" }, "× ", input);
+  return h("label", { class: factor === 1 ? null : "changed" }, "edit × ", input);
 }
 
 /** A number with its sign. */
