@@ -179,10 +179,10 @@ def test_a_pair_is_scaled(page: Page, served: str, run_folder: Path) -> None:
         wanted = f"edited {float(watched.pattern_BNQK[0, one.head, QUERY, edge_key]):.3f}"
         expect(page.locator(".edge .values")).to_contain_text(wanted)
 
-    times.fill("−1,5")
+    times.fill(f"{MINUS}1,5")
     times.press("Enter")
     shows(-1.5)
-    expect(listed).to_have_value("−1.5")
+    expect(listed).to_have_value(f"{MINUS}1.5")
     assert f"edit=2.{query}.{key}.{one.head}*-1.5" in page.url
     listed.fill("0.25")
     listed.press("Enter")
@@ -193,7 +193,7 @@ def test_a_pair_is_scaled(page: Page, served: str, run_folder: Path) -> None:
         times.press("Enter")
         expect(times).to_have_value("0.25")
     page.go_back()
-    expect(times).to_have_value("−1.5")
+    expect(times).to_have_value(f"{MINUS}1.5")
     shows(-1.5)
     listed.fill("1")
     listed.press("Enter")

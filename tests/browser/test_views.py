@@ -184,7 +184,8 @@ def test_a_pair_by_distance(kind: str, open_view: Open, rotary_folder: Path, tmp
             section.locator("svg rect.hit").nth(n).hover()
             said = tab.inner_text("#tip")
             first, last = edges[n], edges[n + 1] - 1
-            assert said.startswith(f"distance {first if first == last else f'{first}–{last}'}: ")
+            distances = str(first) if first == last else f"{first}\u2013{last}"
+            assert said.startswith(f"distance {distances}: ")
             assert number(said.split(": ")[1].split(",")[0].split(";")[0].lstrip("+")) == pytest.approx(
                 own["mean"][n], rel=6e-3
             )

@@ -1,4 +1,4 @@
-"""What report.html shows in tokens and tables: pairs and features by their examples, known roles, patterns of a text."""
+"""What report.html shows in tokens and tables: pairs and features by their examples, known roles, a text's patterns."""
 
 from __future__ import annotations
 
