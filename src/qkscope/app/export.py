@@ -53,6 +53,7 @@ def export(folder: Path, site: Path) -> None:
             shutil.rmtree(site, ignore_errors=True)
             made.replace(site)
         finally:
+            gc.unfreeze()
             shutil.rmtree(made, ignore_errors=True)
     print(f"qkscope: {site} can be served by any web host, e.g. python -m http.server -d {site}")
 

@@ -144,9 +144,8 @@ class LayerStore:
 
     @cached_property
     def heads(self) -> int:
-        """N."""
-        least = int(self.pairs.table.columns["head"].max(initial=-1)) + 1 if not self.site.get("N") else 0
-        return int(self.site.get("N") or least)
+        """N; of an artefact that does not say it, as many as have pairs."""
+        return int(self.site.get("N") or self.pairs.table.columns["head"].max(initial=-1) + 1)
 
     @cached_property
     def cell_width(self) -> int:

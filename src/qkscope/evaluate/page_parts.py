@@ -13,6 +13,7 @@ NAMES = {"map_pruned": "pruned map", "transcoders": "transcoders", "map_all": "f
 
 
 def value(figure: Figure | None, scale: float = 1.0, unit: str = "") -> str:
+    """A figure's mean with its interval."""
     mean, bounds, _ = interval(figure, scale)
     return f"{mean}{unit}" + (f' <span class="ci">{bounds}</span>' if bounds else "")
 
