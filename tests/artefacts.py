@@ -17,6 +17,8 @@ import yaml
 
 from qkscope.config import RunConfig
 from qkscope.decomposition import PAIR_COLUMNS
+from qkscope.explain.distance_table import bins
+from qkscope.explain.examples import GROUP_ROWS
 
 WORDS = ("<bos>", " the", " name", ".", "\n", " to", "Ann", " 7", ",", " café")
 HOSTILE = (
@@ -35,12 +37,13 @@ def save_artefact(
     layers: Sequence[int] = (0, 1),
     words: Sequence[str] = WORDS,
     examples: int = 6,
+    rotary: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a run of `layers` layers to `folder`; a tenth of its pairs have a bias and some values are equal."""
     rng = np.random.default_rng(seed)
     config = RunConfig(model=f"somewhere/{words[0]}", layers=tuple(layers)).model_dump(mode="json")
-    site = {"D": 8, "N": heads, "G": heads, "H": 2, "rotary": False}
+    site = {"D": 8, "N": heads, "G": heads, "H": 2, "rotary": rotary}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"run": config, "sites": {n: site for n in layers}}))
     for number in layers:
@@ -49,8 +52,10 @@ def save_artefact(
         table = _pairs(rng, features, pairs, heads)
         pq.write_table(table, layer / "pairs.parquet")
         pq.write_table(_features(rng, features, words), layer / "features.parquet")
-        pq.write_table(_examples(rng, features, words, examples), layer / "examples.parquet", row_group_size=1 << 15)
-        pq.write_table(_pair_examples(rng, table, words), layer / "pair_examples.parquet", row_group_size=1 << 15)
+        pq.write_table(_examples(rng, features, words, examples), layer / "examples.parquet", row_group_size=GROUP_ROWS)
+        pq.write_table(_pair_examples(rng, table, words), layer / "pair_examples.parquet", row_group_size=GROUP_ROWS)
+        if rotary:
+            pq.write_table(_distances(rng, table), layer / "pair_distance.parquet", row_group_size=GROUP_ROWS)
         _json(layer / "report.json", _report(rng, features, pairs, heads))
         _json(layer / "patterns.json", _patterns(rng, words, heads))
         _json(layer / "truth.json", _truth(rng, features, heads, words))
@@ -163,6 +168,26 @@ def _pair_examples(rng: np.random.Generator, pairs: pa.Table, words: Sequence[st
             "key_tokens": windows(key_at),
         }
     )
+
+
+def _distances(rng: np.random.Generator, pairs: pa.Table) -> pa.Table:
+    """Profiles of the nine tenths of the pairs that are most important, as evaluation writes them; one never active."""
+    pairs = pairs.slice(0, max(len(pairs) * 9 // 10, 1))
+    edges = [*bins(64), 64]
+    n, each = len(pairs), len(edges) - 1
+    mean = rng.normal(size=(n, each))
+    apart = np.abs(rng.normal(size=(n, each))) * (np.diff(edges) > 1)
+    use = rng.dirichlet(np.ones(each), n)
+    use[0] = 0
+    lists = {"mean": mean, "low": mean - apart, "high": mean + apart, "use": use}
+    return pa.table(
+        {
+            **{name: pairs[name] for name in ("query_feature", "key_feature", "head")},
+            **{name: _lists(pa.array(values.ravel(), pa.float32()), each) for name, values in lists.items()},
+            "average": pa.array((mean * use).sum(1), pa.float32()),
+            "position": pa.array([None, *rng.random(n - 1)], pa.float32()),
+        }
+    ).replace_schema_metadata({"distances": json.dumps(edges)})
 
 
 def _figure(mean: float, **more: Any) -> dict[str, Any]:

@@ -44,11 +44,19 @@ def tab(browser: Any) -> Iterator[Any]:
     assert not wrong
 
 
+MANY = {"pairs.method": "importance", "pairs.count": 1500}  # tune would leave few features of so little training
+
+
 @pytest.fixture(scope="session")
 def run_folder(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run of layer 2 of an embedded model."""
-    many = {"pairs.method": "importance", "pairs.count": 1500}  # tune would leave few features of so little training
-    return small_runs.save_embedded_run(tmp_path_factory.mktemp("page") / "run", "stories-gpt2", many)
+    return small_runs.save_embedded_run(tmp_path_factory.mktemp("page") / "run", "stories-gpt2", MANY)
+
+
+@pytest.fixture(scope="session")
+def rotary_folder(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the one with a rotary embedding."""
+    return small_runs.save_embedded_run(tmp_path_factory.mktemp("rotary") / "run", "stories-llama", MANY)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The Prompt view as a person uses it: type, pick a head, click an edge, switch a pair off, go back."""
+"""The Prompt view as a person uses it: type, pick a head, click an edge, edit a pair, choose competitors, go back."""
 
 from __future__ import annotations
 
@@ -105,31 +105,100 @@ def test_a_prompt_is_traced_and_edited(page: Page, served: str, run_folder: Path
     expect(page.locator("table.next.edited")).to_be_visible()
     query, key, _ = account.top(1)[0]
     found = shown_values(page)
-    assert found["pairs off"] == pytest.approx(float(edited_pattern[QUERY, edge_key]), abs=6e-4)
-    assert abs(found["pairs off"] - found["model"]) > 0.01
+    assert found["edited"] == pytest.approx(float(edited_pattern[QUERY, edge_key]), abs=6e-4)
+    assert abs(found["edited"] - found["model"]) > 0.01
     after = [words.replace(" %", "").replace("<", "") for words in page.locator("td .number").all_inner_texts()[1::2]]
     assert max(map(float, after)) == pytest.approx(100 * float(edited.max()), abs=0.51)
     expect(page.locator("figure.map:visible")).to_have_count(4)
-    expect(page.locator("ul.off li")).to_have_count(1)
+    expect(page.locator("ul.edited li")).to_have_count(1)
     href = f"#/layer/2/pair/{query}/{key}/{one.head}"
-    expect(page.locator("ul.off a")).to_have_attribute("href", href)
+    expect(page.locator("ul.edited a")).to_have_attribute("href", href)
     expect(terms.first.locator("a")).to_have_attribute("href", href)
 
     # The served holds it all: back takes the switch back, forward sets it, a link to it shows the same.
     off = page.url
-    assert "off=2." in off and f"query={QUERY}" in off and f"key={edge_key}" in off
+    assert "edit=2." in off and f"query={QUERY}" in off and f"key={edge_key}" in off
     page.go_back()
-    expect(page.locator("ul.off li")).to_have_count(0)
+    expect(page.locator("ul.edited li")).to_have_count(0)
     expect(page.locator("figure.map:visible")).to_have_count(3)
     page.go_forward()
-    expect(page.locator("ul.off li")).to_have_count(1)
+    expect(page.locator("ul.edited li")).to_have_count(1)
     page.goto("about:blank")
     page.goto(off)
     expect(page.locator("table.next.edited")).to_be_visible()
     assert shown_values(page) == found
     page.get_by_role("button", name="Reset").click()
     expect(page.locator("table.next.edited")).to_have_count(0)
-    expect(page.locator("ul.off li")).to_have_count(0)
+    expect(page.locator("ul.edited li")).to_have_count(0)
+
+
+def test_the_key_is_held_against_chosen_others(page: Page, served: str, run_folder: Path) -> None:
+    dec, site = one_layer(run_folder)
+    one = dec.trace(site, PROMPT, head=HEAD)
+    page.goto(f"{served}#/layer/2/prompt?prompt={PROMPT}&head={HEAD}&query={QUERY}&key={KEY}")
+    total = page.locator(".accounts article").nth(1).locator(".sum b").first
+    expect(total).to_have_text(signed(one.why(QUERY, KEY).account.total))
+    field = page.get_by_role("textbox", name="Competitors")
+    field.fill("4, 9")
+    field.press("Enter")
+    expect(total).to_have_text(signed(one.why(QUERY, KEY, [4, 9]).account.total))
+    expect(page.locator(".strip .token.against")).to_have_count(2)
+    assert "against=4.9" in page.url
+    for wrong in ("99", str(KEY), "x"):
+        field.fill(wrong)
+        field.press("Enter")
+        expect(field).to_have_value("4 9")
+    expect(page.get_by_role("status")).to_contain_text(f"Position {KEY}")
+    page.get_by_role("radio", name="competitor").check()
+    page.locator(".strip .token").nth(9).click()
+    expect(total).to_have_text(signed(one.why(QUERY, KEY, [4]).account.total))
+    page.go_back()
+    expect(total).to_have_text(signed(one.why(QUERY, KEY, [4, 9]).account.total))
+    page.go_forward()
+    expect(field).to_have_value("4")
+    page.get_by_role("button", name="all others").click()
+    expect(total).to_have_text(signed(one.why(QUERY, KEY).account.total))
+    assert "against" not in page.url
+
+
+def test_a_pair_is_scaled(page: Page, served: str, run_folder: Path) -> None:
+    dec, site = one_layer(run_folder)
+    one, edge_key, _, _ = telling(dec, site)
+    query, key, _ = one.terms(QUERY, edge_key).top(1)[0]
+    tokens = prompt_tokens(dec, site, PROMPT)
+    edge = f"prompt={PROMPT}&head={one.head}&query={QUERY}&key={edge_key}"
+    page.goto(f"{served}#/layer/2/prompt?{edge}")
+    times = page.locator(".accounts article").first.locator(".term input.times").first
+    listed = page.locator("ul.edited input.times")
+
+    def shows(scale: float) -> None:
+        part = {Pair(query, key, head=one.head): scale}
+        with torch.no_grad(), site.intervene(dec, scale=part) as watched:
+            site.model(input_ids=tokens)
+        assert watched.pattern_BNQK is not None
+        wanted = f"edited {float(watched.pattern_BNQK[0, one.head, QUERY, edge_key]):.3f}"
+        expect(page.locator(".edge .values")).to_contain_text(wanted)
+
+    times.fill(f"{MINUS}1,5")
+    times.press("Enter")
+    shows(-1.5)
+    expect(listed).to_have_value(f"{MINUS}1.5")
+    assert f"edit=2.{query}.{key}.{one.head}*-1.5" in page.url
+    listed.fill("0.25")
+    listed.press("Enter")
+    shows(0.25)
+    expect(times).to_have_value("0.25")
+    for wrong in ("much", "1000", ""):
+        times.fill(wrong)
+        times.press("Enter")
+        expect(times).to_have_value("0.25")
+    page.go_back()
+    expect(times).to_have_value(f"{MINUS}1.5")
+    shows(-1.5)
+    listed.fill("1")
+    listed.press("Enter")
+    expect(listed).to_have_count(0)
+    expect(page.locator("table.next.edited")).to_have_count(0)
 
 
 def test_keys_move_the_edge(page: Page, served: str, run_folder: Path) -> None:

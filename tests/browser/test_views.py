@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from artefacts import HOSTILE, save_artefact
-from pages import serving, shown
+from pages import hosting, serving, shown
+
+from qkscope.app.export import export
 
 Open = Callable[..., Any]
 LAYER = 2
@@ -147,18 +150,68 @@ def test_pairs_and_a_pair(address: str, open_view: Open, run_folder: Path) -> No
 def test_a_head(address: str, open_view: Open, run_folder: Path) -> None:
     tab = open_view(address, f"#/layer/{LAYER}/head/0")
     patterns = json.loads((run_folder / f"layer_{LAYER}" / "patterns.json").read_text())
-    assert tab.locator("canvas").count() == 4
+    assert tab.locator("figure.map canvas.above").count() == 4
     assert tab.locator("main p.tokens .token").count() == len(patterns["tokens"])
-    canvas = tab.locator("canvas").first
-    box, n = canvas.bounding_box(), len(patterns["tokens"])
-    canvas.hover(position={"x": box["width"] * 0.5 / n, "y": box["height"] * 3.5 / n})
-    said = tab.locator(".read").first.inner_text()
-    assert said.startswith("3 ") and " → 0 " in said
-    assert number(said.rsplit(": ", 1)[1]) == pytest.approx(patterns["heads"][0]["true"][3][0], rel=1e-2)
+    above = tab.locator("figure.map canvas.above").first
+    box, n = above.bounding_box(), len(patterns["tokens"])
+    margin = 64 if (box["width"] - 64) / n >= 8.5 else 26
+    cell = (box["width"] - margin) / n
+    above.hover(position={"x": margin + 0.5 * cell, "y": 3.5 * cell})
+    assert tab.locator("main .tip div").first.inner_text().startswith("3 ")
+    said = dict(zip(("true", "transcoders", "pruned"), tab.locator(".tip .values b").all_inner_texts(), strict=False))
+    for name, value in said.items():
+        assert number(value) == pytest.approx(patterns["heads"][0][name][3][0], rel=1e-2)
     tab.wait_for_function("() => !document.body.innerText.includes('being drawn')")
     tab.locator("nav.heads a").nth(1).click()
     shown(tab)
     assert "Head 1" in tab.inner_text("h1")
+
+
+@pytest.mark.parametrize("kind", ["served", "exported"])
+def test_a_pair_by_distance(kind: str, open_view: Open, rotary_folder: Path, tmp_path: Path) -> None:
+    stored = pq.read_table(rotary_folder / f"layer_{LAYER}" / "pair_distance.parquet")
+    edges = json.loads(stored.schema.metadata[b"distances"])
+    rows = {tuple(row[n] for n in ("query_feature", "key_feature", "head")): row for row in stored.to_pylist()}
+    pair = next(row for row in pairs_of(rotary_folder) if min(row["query_feature"], row["key_feature"]) >= 0)
+    cell = pair["query_feature"], pair["key_feature"], pair["head"]
+    own = rows[cell]
+    if kind == "exported":
+        export(rotary_folder, tmp_path / "site")
+    with serving(rotary_folder) if kind == "served" else hosting(tmp_path / "site") as address:
+        tab = open_view(address, f"#/layer/{LAYER}/pair/{'/'.join(map(str, cell))}")
+        section = tab.locator("section", has=tab.get_by_role("heading", name="By distance"))
+        for n in (0, 5, len(own["mean"]) - 1):
+            section.locator("svg rect.hit").nth(n).hover()
+            said = tab.inner_text("#tip")
+            first, last = edges[n], edges[n + 1] - 1
+            distances = str(first) if first == last else f"{first}\u2013{last}"
+            assert said.startswith(f"distance {distances}: ")
+            assert number(said.split(": ")[1].split(",")[0].split(";")[0].lstrip("+")) == pytest.approx(
+                own["mean"][n], rel=6e-3
+            )
+            assert number(said.split("; ")[1].split(" ")[0]) == pytest.approx(100 * own["use"][n], rel=6e-3)
+        assert number(section.locator(".note span").inner_text().lstrip("+")) == pytest.approx(own["average"], rel=6e-3)
+        path = section.locator("path.line").get_attribute("d")
+        assert path.count("L") == len(own["mean"]) - 1 and "NaN" not in path
+        data = tab.request.get(address + section.get_by_role("link", name="data").get_attribute("href"))
+        text = data.body() if kind == "served" else gzip.decompress(data.body())
+        assert own["mean"] == pytest.approx(
+            next(r for r in as_records(json.loads(text)) if (r["query"], r["key"], r["head"]) == cell)["distance"][
+                "mean"
+            ]
+        )
+
+
+def as_records(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record, or a file of several."""
+    return [found] if "query" in found else list(found.values())
+
+
+def test_without_a_rotary_embedding_no_distance_is_shown(address: str, open_view: Open, run_folder: Path) -> None:
+    pair = pairs_of(run_folder)[0]
+    tab = open_view(address, f"#/layer/{LAYER}/pair/{pair['query_feature']}/{pair['key_feature']}/{pair['head']}")
+    assert tab.locator("h2", has_text="By head").count() == 1
+    assert "distance" not in tab.inner_text("main").lower()
 
 
 def test_keys_search_and_colours(served: str, open_view: Open) -> None:

@@ -28,7 +28,7 @@ def test_a_run_is_exported(run: Callable[..., Path], call: Call, tmp_path: Path)
     for layer in about["layers"]:
         stored = read_json(folder / f"layer_{layer['layer']}" / "report.json")
         assert layer["pairs"] == stored["pairs"]["kept"] and layer["width"] == stored["width"]
-        assert (site / "data" / str(layer["layer"]) / "head" / "3.json").is_file()
+        assert (site / "data" / str(layer["layer"]) / "head" / "3.json.gz").is_file()
     call(["export", str(folder), "--site", str(folder)]).complaint("--site", "holds other files")
     call(["export", str(tmp_path / "no"), "--site", str(site)]).complaint("not a qkscope run")
     call(["export", str(folder), "--stie", str(site)]).complaint("did you mean '--site'?")

@@ -152,18 +152,20 @@ def strongest(dec: Any, count: int) -> list[tuple[int, int]]:
     ]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("scale", [0.0, 2.5])
-def test_an_edit_is_what_python_says(client: TestClient, embedded_run: Path, scale: float) -> None:
+@pytest.mark.parametrize("scales", [(0.0, 0.0, 0.0, 0.0), (2.5, 0.0, -1.0, 0.5)])
+def test_an_edit_is_what_python_says(client: TestClient, embedded_run: Path, scales: tuple[float, ...]) -> None:
     dec, site = one_layer(embedded_run)
     tokens = prompt_tokens(dec, site, PROMPT)
     pairs = [Pair(*pair, head=HEAD) for pair in strongest(dec, 3)]
     with torch.no_grad():
         plain = site.model(input_ids=tokens).logits[0, 14].softmax(-1)
-        with site.intervene(dec, scale=dict.fromkeys([*pairs, Feature("key", 1)], scale)) as watched:
+        factors = dict(zip([*pairs, Feature("key", 1)], scales, strict=True))
+        with site.intervene(dec, scale=factors) as watched:
             edited = site.model(input_ids=tokens).logits[0, 14].softmax(-1)
     parts: list[dict[str, Any]] = [{"query": p.query, "key": p.key, "head": HEAD} for p in pairs]
     parts.append({"side": "key", "feature": 1})
-    found = ask(client, "edit", head=HEAD, position=14, ablate=parts, scale=scale)
+    edits = [{**part, "scale": scale} if scale else part for part, scale in zip(parts, scales, strict=True)]
+    found = ask(client, "edit", head=HEAD, position=14, edits=edits)
     assert watched.pattern_BNQK is not None and watched.before_BNQK is not None
     pattern = unpacked(found["pattern"], tokens.shape[1], True)
     within_a_step(pattern, watched.pattern_BNQK[0, HEAD])
@@ -191,13 +193,13 @@ def test_edits_of_several_layers_are_open_at_once(run: Callable[..., Path]) -> N
             stack.enter_context(site.intervene(dec, [part])) for (dec, site), part in zip(opened, parts, strict=True)
         ]
         logits = opened[0][1].model(input_ids=tokens).logits
-    ablate = [{"layer": n, "side": "query", "feature": part.feature} for n, part in enumerate(parts)]
-    with_both = ask(client_of(folder), "edit", prompt=prompt, layer=1, head=2, ablate=ablate)
+    edits = [{"layer": n, "side": "query", "feature": part.feature} for n, part in enumerate(parts)]
+    with_both = ask(client_of(folder), "edit", prompt=prompt, layer=1, head=2, edits=edits)
     within_a_step(unpacked(with_both["pattern"], tokens.shape[1], True), watched[1].pattern_BNQK[0, 2])  # type: ignore[index]
     edited = max(row["edited"] for row in with_both["next"]["tokens"])
     assert edited == pytest.approx(float(logits[0, -1].softmax(-1).max()), abs=1e-5)
     # An edit below moves what a layer above does that is not edited itself.
-    below = ask(client_of(folder), "edit", prompt=prompt, layer=1, head=2, ablate=ablate[:1])
+    below = ask(client_of(folder), "edit", prompt=prompt, layer=1, head=2, edits=edits[:1])
     plain = ask(client_of(folder), "trace", prompt=prompt, layer=1, head=2)["pattern"]["true"]
     assert below["pattern"] not in (with_both["pattern"], plain)
 
@@ -218,7 +220,7 @@ def test_encoders_and_sinks(run: Callable[..., Path], model: str, causal: bool, 
     kept = ((dec.pairs.query_P == dec.query.width) & (dec.pairs.key_P == dec.key.width) & (dec.pairs.head_P == 1)).any()
     if not kept:
         pair = {"side": "key", "feature": 0}
-    edited = ask(client, "edit", prompt=prompt, layer=1, head=1, ablate=[pair])
+    edited = ask(client, "edit", prompt=prompt, layer=1, head=1, edits=[pair])
     assert (edited["next"] is not None) is predicts
     assert unpacked(edited["pattern"], len(one.tokens), causal).shape == one.pattern["true"].shape
 
@@ -259,10 +261,10 @@ def test_hostile_text_is_traced_as_text(client: TestClient) -> None:
         ("edge", {"head": 1, "query": 2, "key": 5}, "query 2 does not see key 5"),
         ("edge", {"head": 1, "query": 4, "key": 3, "against": [3]}, "no other key"),
         ("edit", {"head": 1, "position": 200}, "position 200"),
-        ("edit", {"head": 1, "ablate": [{"query": 9999, "key": 0, "head": 1}]}, "the query side has features"),
-        ("edit", {"head": 1, "ablate": [{"side": "key", "feature": 1}] * 2}, "named twice"),
-        ("edit", {"head": 1, "ablate": [{"side": "key", "feature": 1, "layer": 7}]}, "layer 7: the run has"),
-        ("edit", {"head": 1, "scale": 1e9}, "scale: "),
+        ("edit", {"head": 1, "edits": [{"query": 9999, "key": 0, "head": 1}]}, "the query side has features"),
+        ("edit", {"head": 1, "edits": [{"side": "key", "feature": 1}] * 2}, "named twice"),
+        ("edit", {"head": 1, "edits": [{"side": "key", "feature": 1, "layer": 7}]}, "layer 7: the run has"),
+        ("edit", {"head": 1, "edits": [{"query": 1, "key": 1, "scale": 1e9}]}, "scale: "),
     ],
 )
 def test_slips_are_said_in_one_line(client: TestClient, what: str, body: dict[str, Any], said: str) -> None:
@@ -331,7 +333,7 @@ def test_requests_at_once_do_not_mix(client: TestClient, embedded_run: Path) -> 
     dec, _ = one_layer(embedded_run)
     parts = [{"query": a, "key": b, "head": HEAD} for a, b in strongest(dec, 3)]
     prompts = [f"{PROMPT} {name}" for name in ("Tom", "Ann", "Luke", "Emma")]
-    asked = [("edit", {"prompt": p, "head": HEAD, "ablate": parts}) for p in prompts]
+    asked = [("edit", {"prompt": p, "head": HEAD, "edits": parts}) for p in prompts]
     asked += [("trace", {"prompt": p, "head": HEAD}) for p in prompts]
     one_by_one = [ask(client, what, **body) for what, body in asked]
     again = client_of(embedded_run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import gzip
 import http.client
 import json
 import math
@@ -91,8 +93,9 @@ def test_rows_are_found_by_key_in_any_order(tmp_path_factory: Any, keys: list[in
     path = tmp_path_factory.mktemp("rows") / "rows.parquet"
     pq.write_table(pa.table({"key": pa.array(keys, pa.int64()), "row": range(len(keys))}), path, row_group_size=group)
     found = KeyedRows(path, ("key",), lambda table: table["key"].to_numpy())
-    for key in range(-3, 7):
-        assert [row["row"] for row in found.of(key)] == [i for i, other in enumerate(keys) if other == key]
+    wanted = [3, *range(-3, 7)]
+    for key, rows in zip(wanted, found.of(wanted), strict=True):
+        assert [row["row"] for row in rows] == [i for i, other in enumerate(keys) if other == key]
 
 
 @pytest.mark.parametrize("sort", ["feature", "density", "importance", "f1"])
@@ -192,6 +195,31 @@ def test_a_pair_is_what_the_files_say(folder: Path, get: Get) -> None:
         "before": None,
         "after": [after[name] for name in names],
     }
+
+
+def test_a_pair_has_its_strength_by_distance_where_that_is_stored(tmp_path: Path, get: Get) -> None:
+    folder = save_artefact(tmp_path / "run", layers=(0,), rotary=True)
+    asked = client(folder)
+    assert asked.get("/data/run.json").json()["layers"][0]["has"]["distances"]
+    names = ("query_feature", "key_feature", "head")
+    table = pq.read_table(folder / "layer_0" / "pair_distance.parquet")
+    stored = {tuple(row[name] for name in names): row for row in table.to_pylist()}
+    pairs = pq.read_table(folder / "layer_0" / "pairs.parquet").to_pylist()
+    for row in pairs[::9]:
+        cell = tuple(row[name] for name in names)
+        found = asked.get(f"/data/0/pair/{cell[0]}/{cell[1]}/{cell[2]}.json").json()["distance"]
+        own = stored.get(cell)
+        assert (found is None) == (own is None)
+        if own is not None:
+            assert found["edges"] == json.loads(table.schema.metadata[b"distances"])
+            assert found["position"] is None or np.float32(found["position"]) == np.float32(own["position"])
+            for name in ("mean", "low", "high", "use"):
+                assert np.asarray(found[name], np.float32).tolist() == own[name]
+    assert 0 < len(stored) < len(pairs)
+    assert not get("run")["layers"][0]["has"]["distances"]
+    (folder / "layer_0" / "pair_distance.parquet").unlink()
+    cell = "/".join(str(pairs[0][name]) for name in names)
+    assert client(folder).get(f"/data/0/pair/{cell}.json").json()["distance"] is None
 
 
 def test_a_head_shares_what_another_has(folder: Path, get: Get) -> None:
@@ -426,27 +454,33 @@ def test_the_export_holds_what_the_server_says(folder: Path, get: Get, tmp_path:
     export(folder, site)
 
     def file(name: str) -> Any:
+        return json.loads(gzip.decompress((site / "data" / f"{name}.json.gz").read_bytes()))
+
+    def readable(name: str) -> Any:
         return json.loads((site / "data" / f"{name}.json").read_text())
 
-    run = file("run")
-    assert run == {**get("run"), "static": True, "live": False}
+    run = readable("run")
+    assert run == {**get("run"), "static": True, "live": False, "shards": run["shards"]}
     for about in run["layers"]:
-        n, shards = about["layer"], about["shards"]
-        assert file(f"{n}/report") == get(f"{n}/report") and file(f"{n}/head/2") == get(f"{n}/head/2")
+        n = about["layer"]
+        assert readable(f"{n}/report") == get(f"{n}/report") and file(f"{n}/head/2") == get(f"{n}/head/2")
         assert file(f"{n}/pattern/1") == get(f"{n}/pattern/1") and file(f"{n}/heads") == get(f"{n}/heads")
         for side in ("query", "key"):
             for feature in range(40):
-                shard = file(f"{n}/feature/{side}/shard/{feature // shards['features']}")
+                shard = file(f"{n}/feature/{side}/{feature // run['shards']['features']}")
                 assert shard[str(feature)] == get(f"{n}/feature/{side}/{feature}")
             assert sorted(map(repr, rows_of(file(f"{n}/features/{side}/0")))) == sorted(
                 map(repr, rows_of(get(f"{n}/features/{side}")))
             )
         rows = rows_of(file(f"{n}/pairs/0"))
         assert [row["rank"] for row in rows] == list(range(260))
+        found = file(f"{n}/pair/starts")
+        width, starts = found["width"], found["starts"]
+        assert width == 41 and len(starts) > 2  # more than any feature's number and its bias
         for row in rows[::7]:
-            sum_ = (row["query"] + 1) * 7919 + (row["key"] + 1) * 31 + row["head"]
-            cell = f"{row['query']}/{row['key']}/{row['head']}"
-            assert file(f"{n}/pair/shard/{sum_ % shards['pairs']}")[cell] == get(f"{n}/pair/{cell}")
+            cell = (row["head"] * width + row["query"] + 1) * width + row["key"] + 1
+            shard = file(f"{n}/pair/{bisect.bisect_right(starts, cell) - 1}")
+            assert shard[str(cell)] == get(f"{n}/pair/{row['query']}/{row['key']}/{row['head']}")
     assert (site / "index.html").read_bytes() == (server.STATIC / "index.html").read_bytes()
     assert (site / "vendor" / "d3.LICENSE").is_file()
 

@@ -35,7 +35,7 @@ class HeadStore:
         """One head: its pairs, the heads most like it and what it shares with them, its roles where they are known."""
         if not 0 <= head < self._layer.heads:
             raise Missing(f"Layer {self._layer.number} has no head {head}.")
-        rows = np.flatnonzero(self._layer.pairs.columns["head"] == head)
+        rows = np.flatnonzero(self._layer.pairs.table.columns["head"] == head)
         figures = {
             metric: {variant: f["per_head"][head] for variant, f in (self._layer.files.report.get(metric) or {}).items()
                      if len(f.get("per_head") or []) > head}
@@ -50,26 +50,26 @@ class HeadStore:
             **self.concentration[head],
             **figures,
             "roles": roles[0]["role_pairs"] if roles else [],
-            "strongest": {"total": len(rows), **self._layer.pair_rows(rows[:HEAD_PAIRS])},
+            "strongest": {"total": len(rows), **self._layer.pairs.rows(rows[:HEAD_PAIRS])},
             "similarity": plain(similar),
             "like": [{"head": n, "similarity": plain([similar[n]])[0], **self._shared(head, n)} for n in like],
         }
 
     def _shared(self, one: int, other: int) -> dict[str, Any]:
         """The pairs of two features that two heads both have, by the product of their importances."""
-        columns, (first, second) = self._layer.pairs.columns, self._by_head[[one, other]]
+        columns, (first, second) = self._layer.pairs.table.columns, self._by_head[[one, other]]
         _, a, b = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)
         here, there = first[1][a], second[1][b]
         worth = columns["importance"][here].astype(np.float64) * columns["importance"][there]
         chosen = np.argsort(-worth, kind="stable")[:SHARED]
-        shared = self._layer.pair_rows(here[chosen])
+        shared = self._layer.pairs.rows(here[chosen])
         shared["columns"]["importance_there"] = plain(columns["importance"][there[chosen]])
         return {"shared": len(here), **shared}
 
     @cached_property
     def _by_head(self) -> np.ndarray:
         """For each head, (query, key) of its pairs without a bias as one number, and their rows."""
-        columns = self._layer.pairs.columns
+        columns = self._layer.pairs.table.columns
         cell = self._layer.cell(columns["query"].astype(np.int64), columns["key"].astype(np.int64), 0)
         two = (columns["query"] >= 0) & (columns["key"] >= 0)
         out = np.empty(self._layer.heads, dtype=object)
@@ -79,8 +79,12 @@ class HeadStore:
         return out
 
     def _entries(self, bias: bool) -> Entries:
-        columns, width = self._layer.pairs.columns, self._layer.key_width
-        kept = np.ones(len(self._layer.pairs), dtype=bool) if bias else (columns["query"] >= 0) & (columns["key"] >= 0)
+        columns, width = self._layer.pairs.table.columns, self._layer.cell_width
+        kept = (
+            np.ones(len(self._layer.pairs.table), dtype=bool)
+            if bias
+            else (columns["query"] >= 0) & (columns["key"] >= 0)
+        )
         query, key, head = (torch.from_numpy(columns[n][kept].astype(np.int64)) for n in ("query", "key", "head"))
         worth = torch.from_numpy(columns["importance"][kept].astype(np.float64))
         last = torch.tensor(width)

@@ -3,7 +3,7 @@
     GET  api/prompt/examples    layers, ready prompts, the most tokens a prompt may have
     POST api/prompt/trace       {prompt, layer, head}                                  (AskTrace in prompts.py)
     POST api/prompt/edge        {prompt, layer, head, query, key?, against?}           (AskEdge)
-    POST api/prompt/edit        {prompt, layer, head, position, ablate, scale?}        (AskEdit)
+    POST api/prompt/edit        {prompt, layer, head, position, edits}                (AskEdit)
 
 One worker thread does all the work, so one request at a time reaches the model and the event loop stays free. What a
 person got wrong is {"error": one line} with status 400; what went wrong in here is logged, and said without details.

@@ -70,37 +70,40 @@ class AskEdge(Ask):
     against: tuple[int, ...] | None = Field(default=None, min_length=1, max_length=MOST_TOKENS)
 
 
-class PairPart(Config):
-    """A pair of a layer (empty: the one asked for), in one head or in all."""
+class EditedPart(Config):
+    """What is multiplied by `scale` (0: ablated) in a layer (empty: the one asked for), in one head or in all."""
+
+    head: int | None = None
+    layer: int | None = None
+    scale: float = Field(default=0.0, ge=-100, le=100, allow_inf_nan=False)
+
+
+class PairPart(EditedPart):
+    """A pair."""
 
     query: int
     key: int
-    head: int | None = None
-    layer: int | None = None
 
     def part(self) -> Part:
         return Pair(self.query, self.key, self.head)
 
 
-class FeaturePart(Config):
-    """A feature of a layer, in one head or in all."""
+class FeaturePart(EditedPart):
+    """A feature."""
 
     side: Literal["query", "key"]
     feature: int
-    head: int | None = None
-    layer: int | None = None
 
     def part(self) -> Part:
         return Feature(self.side, self.feature, self.head)
 
 
 class AskEdit(Ask):
-    """The pattern of one head, and the next token after one position, with these parts multiplied by `scale`."""
+    """The pattern of one head, and the next token after one position, with these parts multiplied."""
 
     head: int
     position: int = -1
-    ablate: tuple[PairPart | FeaturePart, ...] = Field(default=(), max_length=200)
-    scale: float = Field(default=0.0, ge=-100, le=100, allow_inf_nan=False)
+    edits: tuple[PairPart | FeaturePart, ...] = Field(default=(), max_length=200)
 
 
 @dataclass(frozen=True)
@@ -214,18 +217,20 @@ class Prompts:
         position, before and after."""
         one = self._traced(asked.prompt, asked.layer).of_head(asked.head)
         position = one.position(asked.position, "position")
-        if not asked.ablate:
+        if not asked.edits:
             return {"head": asked.head, "pattern": None, "next": self._most_probable(asked.prompt, position)}
-        by_layer: dict[int, list[Part]] = {asked.layer: []}
-        for named in asked.ablate:
-            layer = asked.layer if named.layer is None else named.layer
-            by_layer.setdefault(self._layer(layer).dec.layer, []).append(named.part())
+        by_layer: dict[int, dict[Part, float]] = {asked.layer: {}}
+        for named in asked.edits:
+            layer, part = asked.layer if named.layer is None else named.layer, named.part()
+            factors = by_layer.setdefault(self._layer(layer).dec.layer, {})
+            if part in factors:
+                raise UserError(f"{part} is named twice; name each part once")
+            factors[part] = named.scale
         with ExitStack() as stack:
             watched = {}
-            for layer, parts in by_layer.items():
+            for layer, factors in by_layer.items():
                 opened = self.layers[layer]
-                edit = opened.site.intervene(opened.dec, scale=_each(parts, asked.scale))
-                watched[layer] = stack.enter_context(edit)
+                watched[layer] = stack.enter_context(opened.site.intervene(opened.dec, scale=factors))
             edited_V = self._next(asked.prompt, position)
         pattern_BNQK = watched[asked.layer].pattern_BNQK
         return {
@@ -346,13 +351,6 @@ class Prompts:
             "terms": terms,
             "smaller": {"count": len(left), "value": float(left.double().sum())},
         }
-
-
-def _each(parts: list[Part], factor: float) -> dict[Part, float]:
-    """The same factor for each part; `UserError` for one that is named twice."""
-    if twice := next((part for n, part in enumerate(parts) if part in parts[:n]), None):
-        raise UserError(f"{twice} is named twice; name each part once")
-    return dict.fromkeys(parts, factor)
 
 
 def _sink(one: Trace) -> bool:

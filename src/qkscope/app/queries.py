@@ -26,10 +26,10 @@ def features_page(layer: LayerStore, side: str, asked: Mapping[str, str]) -> dic
     `text` (in label or tokens, or the number), `live=1`, `min_NUMBER` and `max_NUMBER` of any column filter;
     `sort`, `order` (asc or desc) and `page` choose.
     """
-    table = layer.features(side)
+    table = layer.features.table(side)
     wanted = _bounded(table, asked)
     if text := asked.get("text", "")[:LONGEST_TEXT]:
-        wanted &= layer.with_text(side, text)
+        wanted &= layer.features.with_text(side, text)
     if asked.get("live") == "1":
         wanted &= table.columns["density"] > 0
     return table.page(*_place(table, asked, "importance"), wanted)
@@ -41,7 +41,7 @@ def pairs_page(layer: LayerStore, asked: Mapping[str, str]) -> dict[str, Any]:
     `query`, `key` (-1: the bias) and `head` are numbers; `text` is in the label or tokens of either feature; `bias=0`
     leaves out pairs with a bias; bounds and order as for features.
     """
-    table = layer.pairs
+    table = layer.pairs.table
     wanted = _bounded(table, asked)
     for name in (*SIDES, "head"):
         if asked.get(name, "") != "":
@@ -51,10 +51,10 @@ def pairs_page(layer: LayerStore, asked: Mapping[str, str]) -> dict[str, Any]:
     if text := asked.get("text", "")[:LONGEST_TEXT]:
         either = np.zeros(len(table), dtype=bool)
         for side in SIDES:
-            numbers = layer.features(side).columns["feature"]
-            either |= np.isin(table.columns[side], numbers[layer.with_text(side, text)])
+            numbers = layer.features.numbers[side]
+            either |= np.isin(table.columns[side], numbers[layer.features.with_text(side, text)])
         wanted &= either
-    return layer.named(table.page(*_place(table, asked, "importance"), wanted))
+    return layer.pairs.named(table.page(*_place(table, asked, "importance"), wanted))
 
 
 def _bounded(table: Table, asked: Mapping[str, str]) -> np.ndarray:

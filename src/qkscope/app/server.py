@@ -124,9 +124,9 @@ def make_app(folder: Path, host: str = HOST) -> Starlette:
         "run": whole,
         "{layer:int}/report": lambda r: layer(r).report(),
         "{layer:int}/features/{side}": lambda r: features_page(layer(r), side(r), r.query_params),
-        "{layer:int}/feature/{side}/{feature}": lambda r: layer(r).feature(side(r), number(r, "feature")),
+        "{layer:int}/feature/{side}/{feature}": lambda r: layer(r).features.record(side(r), number(r, "feature")),
         "{layer:int}/pairs": lambda r: pairs_page(layer(r), r.query_params),
-        "{layer:int}/pair/{query}/{key}/{head}": lambda r: layer(r).pair(
+        "{layer:int}/pair/{query}/{key}/{head}": lambda r: layer(r).pairs.record(
             *(number(r, name) for name in ("query", "key", "head"))
         ),
         "{layer:int}/head/{head}": lambda r: layer(r).of_heads.head(number(r, "head")),

@@ -18,6 +18,7 @@ from ..data import Batch, Sequences
 from ..data.documents import EMBEDDED, Split
 from ..decomposition import Decomposition, load_transcoders, read_run
 from ..errors import UserError
+from ..explain.distance_table import write_distances
 from ..explain.examples import Examples, token_texts
 from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
@@ -143,6 +144,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
     features, kept = (pq.read_table(target / f"{name}.parquet") for name in ("features", "pairs"))
     tokens = report["tokens"]
     report["dense_features"] = dense_features(features, kept, tokens["evaluated"], tokens["sequences"])
+    write_distances(dec, [harvest_finite(site, batch) for batch in first if dec.shape.rotary], target)
     write_json(target / "patterns.json", _shown_patterns(dec, site, first[0]))
     write_json(target / "report.json", report)
     return report

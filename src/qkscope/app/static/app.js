@@ -99,4 +99,5 @@ globalThis.navigation?.addEventListener("navigate", (event) => (back = event.nav
 addEventListener("hashchange", show);
 keys();
 tips();
-show();
+// The other views are read while the first is looked at, so that a click need not wait for them.
+show().then(() => VIEWS.forEach((view) => import(`./views/${view}.js`)));

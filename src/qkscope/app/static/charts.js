@@ -163,3 +163,38 @@ export function columns(rows, { label, kind, unit, height = 92 }) {
     text((left + right) / 2, height - 2, unit, "middle"),
   );
 }
+
+/** A pair's M(i − j) in bins of distances, its extremes there as a band and its use as a ground of bars, by log distance. */
+export function profile({ edges, mean, low, high, use, average }) {
+  const [left, right, top, bottom] = [38, 314, 19, 132];
+  const last = edges.at(-1);
+  const x = d3.scaleLog().domain([1, last + 1]).range([left, right]);
+  const [from, to] = [(i) => x(edges[i] + 1), (i) => x(edges[i + 1] + 1)];
+  const y = d3.scaleLinear().domain(d3.extent([0, ...low, ...high])).nice(4).range([bottom, top]);
+  const share = d3.scaleLinear().domain([0, d3.max(use) || 1]).range([bottom, top + 10]);
+  const middle = (i) => (from(i) + to(i)) / 2;
+  const at = d3.range(mean.length);
+  const plus = (value) => (value > 0 ? "+" : "") + number(value);
+  const ticks = [0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047, 4095, 8191].filter((d) => d < last);
+  const every = Math.ceil(ticks.length / 8);
+  const said = (i) => {
+    const [first, end] = [edges[i], edges[i + 1] - 1];
+    const range = end > first ? `, ${plus(low[i])} to ${plus(high[i])}` : "";
+    return `distance ${first === end ? first : `${first}–${end}`}: ${plus(mean[i])}${range}; ${number(100 * use[i])} % of where it occurs`;
+  };
+  return svg(
+    168,
+    "strength by distance",
+    text(0, 8, "M(i − j), a factor on both activations, before the scale"),
+    at.map((i) => s("rect", { x: from(i), y: share(use[i]), width: Math.max(to(i) - from(i) - 0.6, 0.4), height: bottom - share(use[i]), class: "use" })),
+    y.ticks(4).map((t) => [line(left, y(t), right, y(t), "grid"), text(left - 4, y(t) + 3.5, tick(t), "end")]),
+    ticks.filter((_, n) => n % every === 0).map((d) => [line(x(d + 1), bottom, x(d + 1), bottom + 3, "rule"), text(x(d + 1), bottom + 13, tick(d), "start")]),
+    s("path", { class: "band", d: d3.area(middle, (i) => y(low[i]), (i) => y(high[i]))(at) }),
+    line(left, y(0), right, y(0), "rule"),
+    d3.max(use) > 0 && line(left, y(average), right, y(average), "dash"),
+    s("path", { class: "line ours", d: d3.line(middle, (i) => y(mean[i]))(at) }),
+    at.map((i) => s("circle", { cx: middle(i), cy: y(mean[i]), r: 1.7, class: "ours" })),
+    at.map((i) => s("rect", { x: from(i), y: 0, width: to(i) - from(i), height: bottom, class: "hit", "data-tip": said(i) })),
+    text((left + right) / 2, bottom + 27, "distance i − j in tokens (log)", "middle"),
+  );
+}

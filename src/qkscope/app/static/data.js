@@ -1,5 +1,5 @@
-// The artefact's records, from a server (one record, one page of a table) or from an export's files (shards of records,
-// chunks of columns, which are filtered and sorted here as queries.py does there).
+// The artefact's records, from a server (one record, one page of a table) or from an export's compressed files (several
+// records each, chunks of columns, which are filtered and sorted here as queries.py does there).
 
 import { Problem } from "./net.js";
 import { rows } from "./format.js";
@@ -7,18 +7,19 @@ import { rows } from "./format.js";
 /** Reader of one layer. */
 export function layerData(api, number) {
   const about = api.run.layers.find((layer) => layer.layer === number);
-  const at = (path, query = "") => api.get(`data/${number}/${path}.json${query}`);
+  const plain = (path, query = "") => api.get(`data/${number}/${path}.json${query}`);
+  const at = api.run.static ? (path) => plain(path, ".gz") : plain;
   return {
     about,
-    report: () => at("report"),
+    report: () => plain("report"),
     head: (head) => at(`head/${head}`),
     heads: () => at("heads"),
     pattern: (head) => at(`pattern/${head}`),
-    ...(api.run.static ? files(about, at, api.run.rows) : served(at)),
+    ...(api.run.static ? files(about, at, api.run) : served(at, number)),
   };
 }
 
-function served(at) {
+function served(at, number) {
   const page = async (path, asked) => {
     const entries = Object.entries(asked).filter(([, value]) => value !== undefined && value !== "");
     const found = await at(path, `?${new URLSearchParams(entries)}`);
@@ -28,12 +29,13 @@ function served(at) {
     feature: (side, feature) => at(`feature/${side}/${feature}`),
     features: (side, asked) => page(`features/${side}`, asked),
     pair: (query, key, head) => at(`pair/${query}/${key}/${head}`),
+    pairFile: async (query, key, head) => `data/${number}/pair/${query}/${key}/${head}.json`,
     pairs: (asked) => page("pairs", asked),
   };
 }
 
-function files(about, at, size) {
-  const { shards, layer } = about;
+function files(about, at, { rows: size, shards }) {
+  const { layer } = about;
   const missing = (what) => {
     throw new Problem(`Layer ${layer} ${what}.`);
   };
@@ -49,10 +51,17 @@ function files(about, at, size) {
     return found.map((row) => ({ ...row, query_name: name("query", row.query), key_name: name("key", row.key) }));
   }
 
+  /** The file that holds a pair (-1: none does), and the pair's cell in it; store.py has the same sum. */
+  async function place(query, key, head) {
+    const { width, starts } = await at("pair/starts");
+    const cell = (head * width + query + 1) * width + key + 1;
+    return { cell, shard: Math.max(query, key) + 2 <= width ? d3.bisectRight(starts, cell) - 1 : -1 };
+  }
+
   return {
     async feature(side, feature) {
       const inside = feature >= 0 && feature < about.numbers[side];
-      const shard = inside ? await at(`feature/${side}/shard/${Math.floor(feature / shards.features)}`) : {};
+      const shard = inside ? await at(`feature/${side}/${Math.floor(feature / shards.features)}`) : {};
       return shard[feature] ?? missing(`has no ${side} feature ${feature}`);
     },
     async features(side, asked) {
@@ -62,12 +71,11 @@ function files(about, at, size) {
       });
     },
     async pair(query, key, head) {
-      const shard = await at(`pair/shard/${pairShard(query, key, head, shards.pairs)}`);
-      return (
-        shard[`${query}/${key}/${head}`] ??
-        missing(`keeps no pair of query feature ${query} and key feature ${key} in head ${head}`)
-      );
+      const { cell, shard } = await place(query, key, head);
+      const found = shard >= 0 ? await at(`pair/${shard}`) : {};
+      return found[cell] ?? missing(`keeps no pair of query feature ${query} and key feature ${key} in head ${head}`);
     },
+    pairFile: async (query, key, head) => `data/${layer}/pair/${(await place(query, key, head)).shard}.json.gz`,
     async pairs(asked) {
       const first = !asked.sort && !Object.entries(asked).some(([name, value]) => name !== "page" && value !== "" && value !== undefined);
       const start = Number(asked.page ?? 0) * size;
@@ -91,11 +99,6 @@ function files(about, at, size) {
       return { total: found.total, rows: await named(found.rows) };
     },
   };
-}
-
-/** The file that holds a pair; store.py has the same sum. */
-export function pairShard(query, key, head, count) {
-  return ((query + 1) * 7919 + (key + 1) * 31 + head) % count;
 }
 
 function hasText(feature, name, text) {

@@ -104,4 +104,5 @@ function switchTheme() {
   } catch {
     // chosen for this visit only
   }
+  dispatchEvent(new Event("themechange")); // what is drawn on a canvas has the old colours
 }

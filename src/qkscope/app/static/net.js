@@ -1,4 +1,4 @@
-// JSON from this page's own host; every failure is one line for a person.
+// JSON from this page's own host, compressed or not; every failure is one line for a person.
 
 /** What went wrong, in words that are shown. */
 export class Problem extends Error {}
@@ -37,7 +37,7 @@ async function answered(path, options) {
   }
   if (answer.ok) {
     try {
-      return await answer.json();
+      return path.endsWith(".gz") ? await unpacked(await answer.blob()) : await answer.json();
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Problem("The page's host sent something that cannot be read.");
@@ -45,4 +45,11 @@ async function answered(path, options) {
   }
   const said = await answer.json().catch(() => ({}));
   throw new Problem(typeof said.error === "string" ? said.error : answer.status === 404 ? "Not found." : `The page's host answers ${answer.status}.`);
+}
+
+/** JSON of a compressed file, or of one that the host has unpacked on its way here. */
+async function unpacked(blob) {
+  const [first, second] = new Uint8Array(await blob.slice(0, 2).arrayBuffer());
+  const packed = first === 0x1f && second === 0x8b;
+  return new Response(packed ? blob.stream().pipeThrough(new DecompressionStream("gzip")) : blob).json();
 }

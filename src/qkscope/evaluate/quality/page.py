@@ -10,7 +10,7 @@ from typing import Any
 from ...files import write_text
 from .. import charts
 from ..charts import Series, bounds, legend, number, text
-from ..page import framed, table
+from ..page_parts import framed, table
 from .bench import FEW, whole_masks
 
 CURVES = {  # dictionaries: what is said, circle class

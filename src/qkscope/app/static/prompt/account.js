@@ -1,6 +1,7 @@
 // An account as signed bars: a score, or a log-odds, as the sum of pair terms and of what no pair says.
 
 import { h } from "../dom.js";
+import { factorOf } from "./address.js";
 
 const FIRST = 12; // terms that are shown at once
 const REST = {
@@ -11,10 +12,10 @@ const REST = {
 };
 
 /**
- * An account's sum and rows. `isOn(term)` and `onSwitch(term, on)` are of a term's pair, `link(term)` is its address,
- * `detail(term)` says of which numbers it is made; `name` tells one account from another.
+ * An account's sum and rows. `factor(term)` and `onScale(term, factor)` are of a term's pair, `link(term)` is its
+ * address, `detail(term)` says of which numbers it is made; `name` tells one account from another.
  */
-export function account(found, { name, isOn, onSwitch, link, detail, whole, onWhole }) {
+export function account(found, { name, factor, onScale, link, detail, whole, onWhole }) {
   const rest = Object.entries(found.rest).map(([what, value]) => ({ what, value }));
   const shown = whole ? found.terms : found.terms.slice(0, FIRST);
   const hidden = found.terms.slice(shown.length);
@@ -32,17 +33,20 @@ export function account(found, { name, isOn, onSwitch, link, detail, whole, onWh
 
   function ofPair(term) {
     const words = `${term.query_name} → ${term.key_name}`;
+    const [times, place] = [factor(term), `${name}.${term.query}.${term.key}`];
     const onOff = h("input", {
       type: "checkbox",
       role: "switch",
-      checked: isOn(term),
+      checked: times !== 0,
       "aria-label": `pair ${words} on`,
       title: "off: ablate this pair in the model",
-      "data-term": `${name}.${term.query}.${term.key}`,
-      onchange: (event) => onSwitch(term, event.target.checked),
+      "data-place": place,
+      onchange: (event) => onScale(term, event.target.checked ? 1 : 0),
     });
     const named = h("a", { href: link(term) }, h("bdi", null, term.query_name), " → ", h("bdi", null, term.key_name));
-    return row(isOn(term) ? "pair" : "pair off", onOff, term.value, named, h("small", null, detail(term)));
+    const scale = factorField(times, { words, place: `${place}.times`, onScale: (value) => onScale(term, value) });
+    const kind = times === 0 ? "pair off" : times === 1 ? "pair" : "pair scaled";
+    return row(kind, onOff, term.value, named, h("small", null, detail(term), " · ", scale));
   }
 
   const more = h("button", { type: "button", class: "quiet", onclick: onWhole }, `show ${hidden.length}`);
@@ -64,6 +68,26 @@ export function account(found, { name, isOn, onSwitch, link, detail, whole, onWh
       ),
     ),
   ];
+}
+
+/** The number that a pair is multiplied by in the model, to be typed; `onScale(factor)` is told another one. */
+export function factorField(factor, { words, place, onScale }) {
+  const input = h("input", {
+    type: "text",
+    inputmode: "decimal",
+    class: "times",
+    value: String(factor).replace("-", "−"),
+    maxlength: 9,
+    "aria-label": `times pair ${words}`,
+    title: "what the pair is multiplied by in the model: 1 as it is, 0 off, 2 doubled, −1 turned round",
+    "data-place": place,
+    onchange: () => {
+      const typed = factorOf(input.value);
+      if (typed === null) input.value = String(factor).replace("-", "−");
+      else onScale(typed);
+    },
+  });
+  return h("label", { class: factor === 1 ? null : "changed" }, "edit × ", input);
 }
 
 /** A number with its sign. */

@@ -1,13 +1,21 @@
 // The parts of the live view, empty, and where they stand.
 
 import { fill, h } from "../dom.js";
-import { HeatMap, legend } from "./heatmap.js";
+import { Maps } from "../heat/maps.js";
+
+const KINDS = {
+  true: ["Model", "the head’s pattern"],
+  pruned: ["Pruned map", "from the kept pairs"],
+  difference: ["Difference", "pruned map − model"],
+  edited: ["Edited", "the model with the pairs edited"],
+};
 
 /**
- * Fill `root` and give its parts by name. Listeners: `onPrompt(text)`, `onHover(i, j, event)` and `onPick(i, j)` of the
- * maps' cells, `onKey(event)` on the maps, `onPicks("key" | "query")` for what a click on a token chooses.
+ * Fill `root` and give its parts by name. Listeners: `onPrompt(text)`, `onPick(i, j)` of the maps' cells, `onKey(event)`
+ * on the maps, `onPicks("key" | "query" | "competitor")` for what a click on a token chooses; `values(i, j)` is what is
+ * said of a cell.
  */
-export function layout(root, { onPrompt, onHover, onPick, onKey, onPicks }) {
+export function layout(root, { onPrompt, values, onPick, onKey, onPicks, signal }) {
   const field = h("textarea", {
     rows: 2,
     "aria-label": "Prompt",
@@ -25,13 +33,15 @@ export function layout(root, { onPrompt, onHover, onPick, onKey, onPicks }) {
     event.preventDefault();
     onPrompt(field.value);
   };
-  const on = { onHover, onPick };
-  const maps = {
-    true: new HeatMap("Model", "the head's pattern", on),
-    pruned: new HeatMap("Pruned map", "from the kept pairs", on),
-    difference: new HeatMap("Difference", "pruned map − model", on),
-    edited: new HeatMap("Pairs off", "the model without them", on),
-  };
+  const maps = new Maps(KINDS, {
+    values,
+    onPick,
+    signal,
+    tabindex: "0",
+    role: "application",
+    "aria-label": "Attention. Arrows move the edge, Enter traces it.",
+    onkeydown: onKey,
+  });
   const picks = (name, checked) =>
     h("label", null, h("input", { type: "radio", name: "picks", checked, onchange: () => onPicks(name) }), ` ${name} `);
   const parts = {
@@ -41,7 +51,6 @@ export function layout(root, { onPrompt, onHover, onPick, onKey, onPicks }) {
     said: h("p", { class: "said", role: "status" }),
     layers: h("div", { class: "choices", role: "group", "aria-label": "Layer" }),
     heads: h("div", { class: "heads", role: "group", "aria-label": "Head" }),
-    tip: h("div", { class: "tip", hidden: true }),
     edge: h("p", { class: "edge", "aria-live": "polite" }),
     strip: h("div", { class: "strip", dir: "auto" }),
     score: h("article"),
@@ -49,27 +58,14 @@ export function layout(root, { onPrompt, onHover, onPick, onKey, onPicks }) {
     list: h("article"),
     next: h("article"),
   };
-  const plots = h(
-    "div",
-    {
-      class: "maps",
-      tabindex: "0",
-      role: "application",
-      "aria-label": "Attention. Arrows move the edge, Enter traces it.",
-      onkeydown: onKey,
-    },
-    Object.values(maps).map((map) => map.node),
-  );
   const accounts = h("div", { class: "accounts" }, parts.score, parts.why);
   const words = "Shaded by the chosen query’s attention. A click on a token chooses the ";
-  const hint = h("p", { class: "hint" }, words, picks("key", true), picks("query"));
+  const hint = h("p", { class: "hint" }, words, picks("key", true), picks("query"), picks("competitor"));
   const traced = h(
     "div",
     { class: "traced", hidden: true },
     h("div", { class: "where" }, parts.layers, parts.heads),
-    legend(),
-    plots,
-    parts.tip,
+    maps.nodes,
     parts.edge,
     h("div", { class: "tokens" }, parts.strip, hint),
     h("div", { class: "edges" }, accounts, h("div", { class: "effects" }, parts.list, parts.next)),

@@ -3,7 +3,7 @@
 import { layerData } from "../data.js";
 import { append, fill, h } from "../dom.js";
 import { figure, millinats, number, percent, rows } from "../format.js";
-import { heatMap } from "../heat.js";
+import { Maps } from "../heat/maps.js";
 import { beside, facts, featureLink, headLink, pairColumns, signed } from "../parts.js";
 import { sortable } from "../table.js";
 import { clean, token } from "../tokens.js";
@@ -25,7 +25,7 @@ export async function render(root, params, api) {
       found.pattern_kl.transcoders && ["KL, transcoders", number(found.pattern_kl.transcoders.mean)],
       found.top1.map_pruned && ["top-1", percent(found.top1.map_pruned.mean), "query rows with the same top key"],
     ),
-    maps(pattern),
+    maps(pattern, api.signal),
     roles(found.roles),
     h(
       "section",
@@ -37,24 +37,31 @@ export async function render(root, params, api) {
   ]);
 }
 
-function maps(pattern) {
+function maps(pattern, signal) {
   if (!pattern) return h("p", { class: "state" }, "No pattern is stored for this head.");
-  const { tokens } = pattern;
-  const minus = pattern.true.map((row, q) => row.map((value, k) => pattern.pruned[q][k] - value));
+  const { tokens, pruned, transcoders } = pattern;
+  const causal = pattern.true.every((row, i) => row.slice(i + 1).every((value) => value === 0));
+  const kinds = {
+    true: ["Model", "the head’s pattern"],
+    transcoders: ["Transcoders", "from q̂ and k̂"],
+    pruned: ["Pruned map", "from the kept pairs"],
+    difference: ["Difference", "pruned map − model"],
+  };
+  const minus = (i, j) => pruned[i][j] - pattern.true[i][j];
+  const shown = new Maps(kinds, {
+    values: (i, j) => ({ model: number(pattern.true[i][j]), transcoders: number(transcoders[i][j]), "pruned map": number(pruned[i][j]), difference: number(minus(i, j)) }),
+    onPick: (i, j) => shown.choose(i, j),
+    signal,
+  });
+  const of = (weights) => (i, j) => weights[i][j];
+  shown.show({ tokens, causal, true: of(pattern.true), transcoders: of(transcoders), pruned: of(pruned), difference: minus });
   return h(
     "section",
     null,
     h("h2", null, "Pattern on a held-out text"),
-    h("p", { class: "note" }, "Queries run down, keys across; colour goes with the square root of the weight. Difference: pruned less true, orange where the map attends too much."),
+    h("p", { class: "note" }, "Queries run down, keys across."),
     h("p", { class: "tokens", dir: "auto" }, tokens.map((text, i) => [h("wbr"), token(text, { "data-tip": `position ${i}` })])),
-    h(
-      "div",
-      { class: "maps" },
-      heatMap("true", pattern.true, tokens),
-      heatMap("transcoders", pattern.transcoders, tokens),
-      heatMap("pruned map", pattern.pruned, tokens),
-      heatMap("difference, to ±0.5", minus, tokens, { signed: true, most: 0.5 }),
-    ),
+    shown.nodes,
   );
 }
 

@@ -1,8 +1,10 @@
-// One pair of features in a head: what each fires on, how strong the pair is by head, and where it is at work in text.
+// One pair of features in a head: what each fires on, how strong the pair is by distance and by head, and where it is at
+// work in text.
 
+import { profile } from "../charts.js";
 import { layerData } from "../data.js";
 import { append, h } from "../dom.js";
-import { millinats, nameOf, number, rows, short, SIDES } from "../format.js";
+import { finite, millinats, number, percent, rows, SIDES } from "../format.js";
 import { beside, facts, featureLink, headLink, legend, pairColumns, signed } from "../parts.js";
 import { example, pairExample } from "../snippets.js";
 import { sortable } from "../table.js";
@@ -13,8 +15,9 @@ export async function render(root, params, api) {
   const { layer, query, key, head } = params;
   const data = layerData(api, layer);
   const numbers = { query, key };
-  const [found, ...sides] = await Promise.all([
+  const [found, file, ...sides] = await Promise.all([
     data.pair(query, key, head),
+    data.pairFile(query, key, head),
     ...SIDES.map((side) => (numbers[side] < 0 ? null : data.feature(side, numbers[side]))),
   ]);
   const heads = rows({ columns: found.heads });
@@ -37,9 +40,11 @@ export async function render(root, params, api) {
       ["from the weights", signed(here.weight_strength), "⟨W_dec, W_dec⟩, before the strengths were trained"],
       ["importance", `${millinats(here.importance)} mnat`, "what leaving it out costs, KL a query row"],
       ["rank", `${number(here.rank + 1)} of ${number(found.kept)}`],
+      finite(found.distance?.position) && ["where it occurs", signed(found.distance.average), "M(i − j) averaged over the distances at which both features are active"],
       found.linked > 0 && ["along links", `${millinats(found.linked)} mnat`, "importance where the key is what the query's token, or the next one, answers to"],
     ),
     h("section", null, h("h2", null, "At work"), ...work(found, data)),
+    byDistance(found, data, file),
     h(
       "div",
       { class: "halves" },
@@ -57,6 +62,27 @@ function work(found, data) {
     legend([["query", "query"], ["key", "key"]]),
     h("ol", { class: "examples" }, found.examples.map(pairExample)),
   ];
+}
+
+/** Of a model with a rotary embedding. */
+function byDistance({ distance }, data, file) {
+  if (!data.about.has.distances) return null;
+  if (!distance) return h("section", null, h("h2", null, "By distance"), h("p", { class: "state" }, "Stored for the layer's most important pairs only; this is none of them."));
+  const used = distance.position !== null;
+  return h(
+    "section",
+    null,
+    h("h2", null, "By distance ", h("small", null, h("a", { href: file }, "data"))),
+    h(
+      "p",
+      { class: "note" },
+      "The rotary embedding makes a pair stronger or weaker with the distance from query to key. ",
+      used
+        ? ["Grey: where both features are active, by the squares of their activations. Where they are, it is ", signed(distance.average), ` on average (dashed); the distance explains ${percent(distance.position)} of its score, the features alone the rest.`]
+        : "Its features were never active together on the text that was measured.",
+    ),
+    h("figure", { class: "distance" }, profile(distance)),
+  );
 }
 
 function fires(feature, side) {

@@ -1,4 +1,4 @@
-// Colours of attention, as in the other views: viridis for a share, orange for more and blue for less attention.
+// Colours of attention: viridis for a share, orange for more and blue for less attention.
 //
 // Both go with the square root of the value, since most of attention is small.
 

@@ -11,7 +11,7 @@ const READABLE = 8.5; // pixels a cell from which on every token is written
 const LONGEST = 9; // characters of a token on an axis
 
 export class HeatMap {
-  /** `onHover(i, j, event)` (j null: left) and `onPick(i, j)` are told cells; `value(i, j)` is 0 … 1 or -1 … 1. */
+  /** `onHover(i, j, event)` (j null: left) and `onPick(i, j, event)` are told cells. */
   constructor(title, note, { onHover, onPick }) {
     this.cells = h("canvas", { "aria-hidden": "true" });
     this.above = h("canvas", { class: "above", role: "img", "aria-label": title });
@@ -31,7 +31,7 @@ export class HeatMap {
     new ResizeObserver(() => this.draw()).observe(this.above.parentElement);
   }
 
-  /** Show other values; `colour(value)` is [red, green, blue, opacity]. */
+  /** Show other values: `value(i, j)` is 0 … 1 or −1 … 1, `colour(value)` [red, green, blue, opacity]. */
   set({ tokens, causal, value, colour }) {
     Object.assign(this, { tokens, causal, value, colour });
     this.#paint();
@@ -178,7 +178,7 @@ export function legend() {
   const [share, difference] = [ramp("share"), ramp("difference")];
   return h(
     "div",
-    { class: "legend", "aria-hidden": "true" },
+    { class: "ramps", "aria-hidden": "true" },
     h("span", null, "0 ", share, " 1 attention (√)"),
     h("span", null, "−1 ", difference, " +1 difference (√): orange where the map attends too much"),
   );
