@@ -15,7 +15,7 @@ from .bench import run_speed
 from .world import SIZES
 
 HEAD = (
-    f"{'':<31}{'s':>8}{'spread':>15}{'CPU s':>8}{'tokens/s':>10}"
+    f"{'':<31}{'s':>8}{'lowest-highest':>15}{'wall s':>8}{'tokens/s':>10}"
     f"{'GFLOP/s':>9}{'of max':>8}{'GB/s':>7}{'of max':>8}{'peak MB':>9}"
 )
 RACE_HEAD = f"{'':<20}{'from pairs':>12}{'to pairs':>10}{'steps':>7}{'s':>8}{'CPU s':>8}{'KL':>9}{'times as fast':>15}"
@@ -54,15 +54,18 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         f"{ceiling['bytes_per_s'] / 1e9:.1f} GB/s (a large copy)"
     )
     if found["load"]:
-        yield f"load of the machine meanwhile: {', '.join(f'{load[0]:.1f}' for load in found['load'])}"
-    yield f"median of {shape['repeats']} repeats in turns; steps with their harvest"
+        yield f"load of the machine meanwhile: {', '.join(f'{load:.1f}' for load in found['load'])}"
+    yield (
+        f"s: median of {shape['repeats']} repeats in turns, seconds of the {machine['seconds_are']}, as for rates and "
+        "ratios; steps with their harvest"
+    )
     yield ""
     yield HEAD
     for name, part in found["parts"].items():
-        low, high = min(part["wall_s_all"]), max(part["wall_s_all"])
+        low, high = min(part["seconds_all"]), max(part["seconds_all"])
         peak = "-" if part["peak_bytes"] is None else f"{part['peak_bytes'] / 1e6:,.0f}"
         yield (
-            f"{name:<31}{part['wall_s']:>8.3f}{f'{low:.2f}-{high:.2f}':>15}{part['processor_s']:>8.2f}"
+            f"{name:<31}{part['seconds']:>8.3f}{f'{low:.2f}-{high:.2f}':>15}{part['wall_s']:>8.2f}"
             f"{part['tokens_per_s']:>10,.0f}{part['flops_per_s'] / 1e9:>9,.1f}{part['of_ceiling_flops']:>8.0%}"
             f"{part['bytes_per_s'] / 1e9:>7.2f}{part['of_ceiling_bytes']:>8.0%}{peak:>9}"
         )

@@ -97,8 +97,8 @@ def step1(s: Shape, layers: int, *, batchtopk: bool, dense: bool) -> Work:
             one += product(s.n, F, s.M, 3) + product(s.D, s.n, F)
         else:
             one += sparse(s.n * s.k, s.M) * 3 + sparse(s.n * s.k, s.D)
-        if batchtopk:  # sizes are norms in a metric: W C for each head, then with W
-            one += product(F, s.H, s.H, s.N) + product(1, s.M, 1, F)
+        if batchtopk:
+            one += norms(s, F)
         one += adam(F * (s.D + s.M + 1) + s.D + s.M)
     return harvest(s) + one * layers
 
@@ -106,18 +106,29 @@ def step1(s: Shape, layers: int, *, batchtopk: bool, dense: bool) -> Work:
 KL_PRODUCTS = 3  # of each of the three KLs: scores, and a gradient for both factors
 
 
-def importance(s: Shape) -> Work:
-    """For each head: its map, the variance of keys' activations in its attention, and their meeting."""
-    head = product(s.Fq, s.H, s.Fk)
-    head += product(s.T, s.H, s.T, s.B)  # the true pattern
-    head += product(s.T, s.T, s.Fk, s.B) * 2  # second and first moment
-    head += product(s.Fq, s.n, s.Fk)
-    return encode(s) + head * s.N
+def norms(s: Shape, F: int) -> Work:
+    """Of decoder rows in the metric that sizes are compared in: W C for each head, then with W."""
+    return product(F, s.H, s.H, s.N) + product(1, s.M, 1, F)
 
 
-def encode(s: Shape) -> Work:
+def encode(s: Shape, *, batchtopk: bool) -> Work:
     """Both sides' activations."""
-    return product(s.n, s.D, s.Fq) + product(s.n, s.D, s.Fk) + product(1, s.D, s.Fq) + product(1, s.D, s.Fk)
+    work = Work()
+    for F in (s.Fq, s.Fk):
+        work += product(s.n, s.D, F) + product(1, s.D, F)
+        if batchtopk:
+            work += norms(s, F)
+    return work
+
+
+def importance(s: Shape, firing: tuple[int, int]) -> Work:
+    """For each head, of the features that fire: its map, the variance of keys' activations, and their meeting."""
+    a, b = firing
+    head = product(a, s.H, b)
+    head += product(s.T, s.H, s.T, s.B)  # the true pattern
+    head += product(s.T, s.T, b, s.B) * 2  # second and first moment in it
+    head += product(a, s.n, b)
+    return encode(s, batchtopk=True) + head * s.N
 
 
 def map_scores(s: Shape) -> Work:
@@ -127,7 +138,7 @@ def map_scores(s: Shape) -> Work:
 
 def selection(s: Shape) -> Work:
     """The KL of one candidate map on a sample."""
-    return encode(s) + s.scores() + map_scores(s)
+    return encode(s, batchtopk=True) + s.scores() + map_scores(s)
 
 
 def refit(s: Shape) -> Work:
@@ -137,16 +148,15 @@ def refit(s: Shape) -> Work:
 
 
 def tune(s: Shape, *, dense: bool) -> Work:
-    """A step of strengths and dictionaries, with the penalty on the dropped pairs."""
-    more = product(s.T, s.T, s.used, s.B * s.N)  # to the keys' activations
-    more += sparse(s.P, s.n)  # to the queries'
-    more += product(s.Fq, s.H, s.Fk, s.N) * 3  # the penalty: every pair's product, and a gradient for both factors
+    """A step of strengths and dictionaries, with the penalty on the dropped pairs; every feature fires in a batch."""
+    work = refit(s)
+    work += product(s.T, s.T, s.used, s.B * s.N)  # to the keys' activations
+    work += sparse(s.P, s.n)  # to the queries'
+    work += product(s.Fq, s.H, s.Fk, s.N) * 3  # the penalty: every pair's product, and a gradient for both factors
     for F in (s.Fq, s.Fk):
-        more += product(s.D, s.n, F) if dense else sparse(s.n * s.k, s.D)  # to W_enc
-        more += product(1, s.D, F)
-        more += product(F, s.H, s.H, s.N) + product(1, s.M, 1, F)
-        more += adam(F * (s.D + s.M + 1) + s.D + s.M)
-    return refit(s) + more
+        work += product(s.D, s.n, F) if dense else sparse(s.n * s.k, s.D)  # to W_enc
+        work += product(1, s.D, F) + adam(F * (s.D + s.M + 1) + s.D + s.M)
+    return work
 
 
 def mask(s: Shape) -> Work:
@@ -155,13 +165,13 @@ def mask(s: Shape) -> Work:
     head = product(a, s.H, b)  # the map
     head += product(s.n, a, b) + product(s.T, b, s.T, s.B)  # y, scores
     head += product(s.T, s.T, b, s.B) + product(a, s.n, b)  # to y, to the mask
-    return harvest(s) + encode(s) + s.scores() + head * s.N + adam(a * b * s.N)
+    return harvest(s) + encode(s, batchtopk=False) + s.scores() + head * s.N + adam(a * b * s.N)
 
 
 def published_step1(s: Shape) -> Work:
     """A step of one layer with the whole model's own pass; every product dense, b_in's gradient among them."""
     work = model(s, s.layers) + s.scores()  # its layer's pattern once more, as the target
-    work += s.scores() * 9
+    work += s.scores() * (3 + 2 + 2)  # scores and the gradients that autograd is asked for, of the three KLs
     for F in (s.Fq, s.Fk):
         work += product(s.n, s.D, F) * 3 + product(s.n, F, s.M) * 3 + adam(F * (s.D + s.M + 1) + s.D + s.M)
     return work
@@ -175,6 +185,13 @@ def published_mask(s: Shape) -> Work:
 
 
 def evaluation(s: Shape, vocabulary: int, variants: int, curve: int) -> Work:
-    """The report's pass: harvest; the model with logits as it is and for each variant; patterns of all of them."""
-    patterns = encode(s) * 2 + map_scores(s)
-    return harvest(s) + (model(s, s.layers) + product(s.n, s.D, vocabulary)) * (1 + variants) + patterns * (2 + curve)
+    """The report's pass over held-out text, its large products.
+
+    Harvest; the model with its logits, as it is and with each variant; activations for each thing that reads them;
+    reconstructions with and without the map's rows, twice and once; the pruned map, the parts of it on the curve, its
+    pairs counted, and once more inside the model.
+    """
+    work = harvest(s) + (model(s, s.layers) + product(s.n, s.D, vocabulary)) * (1 + variants)
+    work += encode(s, batchtopk=True) * (5 + curve)
+    work += (product(s.n, s.Fq, s.M) + product(s.n, s.Fk, s.M) + s.scores()) * 3
+    return work + map_scores(s) * (3 + curve)

@@ -51,6 +51,15 @@ class Size:
     mask_steps: int = 160
     """Steps of the published mask in the race (race.py)."""
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, as whole sequences."""
+        return max(self.batch_tokens // self.context, 1) * self.context
+
+    @property
+    def sampled_tokens(self) -> int:
+        return max(self.sample_tokens // self.context, 1) * self.context
+
 
 SIZES = {
     "small": Size(),
