@@ -22,7 +22,7 @@ from qkscope.evaluate.speed.work import Work, adam, product, sparse
 from qkscope.evaluate.speed.world import SIZES, Size, World, job_of
 
 TINY = Size(
-    context=24, width=700, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, heads=2, model_layers=4,
+    context=24, width=150, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, heads=2, model_layers=4,
     vocabulary=200, repeats=2, mask_steps=5,
 )  # fmt: skip
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_ratios_are_turn_by_turn_and_for_as_many_layers() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(SIZES, "small", TINY)
+    monkeypatch.setitem(SIZES, "small", replace(TINY, repeats=1))
     # The ceiling's own products and copies take seconds.
     monkeypatch.setattr(Ceiling, "measured", classmethod(lambda cls, device: Ceiling(1e12, 1e12)))
     settings = replace(race.SETTINGS, width=40, tokens=1024, heldout_tokens=600, sample_tokens=600)
@@ -153,14 +153,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     found = json.loads(path.read_text())
     assert (found["benchmark"], found["size"], found["machine"]["threads"]) == ("speed", "small", 1)
     said = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in said and "1 of" in said and "700 features a side" in said
+    assert f"torch {torch.__version__}" in said and "1 of" in said and "150 features a side" in said
     for name, part in found["parts"].items():
         assert sum(line.startswith(f"{name:<31}") for line in said.splitlines()) == 1
-        assert part["tokens"] == 48 and len(part["seconds_all"]) == 2
+        assert part["tokens"] == 48 and len(part["seconds_all"]) == 1
         assert part["tokens_per_s"] == pytest.approx(48 / part["seconds"])
         assert part["of_ceiling_flops"] == pytest.approx(part["flops"] / part["seconds"] / 1e12)
     assert set(NAMES) | {"refit", "tune", "evaluation"} < set(found["parts"])
-    assert len(found["ratios"]) == 4 and found["whole_mask"]["pairs"] == 701**2 * 2 and "measured once" in said
+    assert len(found["ratios"]) == 4 and found["whole_mask"]["pairs"] == 151**2 * 2 and "measured once" in said
     rows = found["race"]["rows"]
     assert [row["method"] for row in rows] == ["published mask", "ranked, refitted", "ranked, tuned"]
     assert rows[0]["reached"] and rows[0]["steps"] == 5 and rows[0]["pairs"] <= rows[0]["from_pairs"]
@@ -172,7 +172,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_mask_that_does_not_fit_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qkscope.pairs.mask._free_memory", lambda: 1000)
     whole = bench._whole_mask(world)
-    assert "wall_s" not in whole and "701 x 701 x 2" in whole["skipped"]
+    assert "wall_s" not in whole and "151 x 151 x 2" in whole["skipped"]
 
 
 @pytest.mark.parametrize(

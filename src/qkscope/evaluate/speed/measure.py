@@ -10,7 +10,6 @@ does nothing else, and the same still on one that does.
 from __future__ import annotations
 
 import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -81,7 +80,6 @@ def most_held(way: Callable[[], object], device: torch.device) -> int | None:
     On a GPU by torch's own account. On a CPU by Linux's high-water mark of the process, which is set back first, after
     what is free has been given back to the system.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
