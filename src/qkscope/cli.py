@@ -32,6 +32,7 @@ USAGE = """usage: qkscope COMMAND [OPTIONS]
   export     the same page as static files, for any web host
   bench      planted: every method on layers whose features and pairs are known
              quality: beside the published recipe, on layers of real models
+             speed: every part's time and memory, beside the machine's ceiling and the published procedure
 
 qkscope COMMAND --help lists a command's options.
 """
@@ -189,7 +190,17 @@ class QualityCommand(Config):
     """Layers at a time, with one thread each; figures do not depend on it."""
 
 
-BENCHMARKS = ("planted", "quality")
+class SpeedCommand(Config):
+    """Time and memory of every part of a run at GPT-2 small's attention shape, beside what the machine can do at best
+    and beside the published procedure."""
+
+    size: Literal["small", "medium", "large"] = "small"
+    """small: about three minutes on two cores. medium and large: wider and longer, meant for a GPU."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure here too."""
+
+
+BENCHMARKS = ("planted", "quality", "speed")
 RENAMED = {"--json-file": "--json"}  # pydantic has a method of that name
 
 
@@ -284,6 +295,12 @@ def _bench(argv: list[str]) -> None:
 
         chosen = _parse(QualityCommand, argv[1:], "qkscope bench quality", {})
         bench_quality(chosen.size, chosen.models, chosen.layers, chosen.seeds, chosen.json_file, chosen.processes)
+        return
+    if argv[0] == "speed":
+        from .evaluate.speed.report import bench_speed
+
+        chosen = _parse(SpeedCommand, argv[1:], "qkscope bench speed", {})
+        bench_speed(chosen.size, chosen.json_file)
         return
     from .evaluate.planted.report import bench_planted
 

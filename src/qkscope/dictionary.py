@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Activation
+from .kernels.mostly_zero import acts_product, pre_product
 from .norm import Norm
 
 THRESHOLD_MEMORY = 0.98  # share of the running threshold kept at each step: about 50 steps of memory
@@ -77,7 +78,11 @@ class SparseTranscoder(nn.Module):
 
     def pre(self, x_nD: Tensor) -> Tensor:
         """Activations before the nonlinearity, [n, F]."""
-        return (self.read(x_nD) - self.b_in) @ self.W_enc + self.b_enc
+        # b_in as a constant, and its gradient by a term that is zero: a sum over tokens times W_enc, where through the
+        # product it would take another product of all tokens.
+        b_in = self.b_in.detach()
+        b_enc = self.b_enc - (self.b_in - b_in) @ self.W_enc.detach()
+        return pre_product(self.read(x_nD) - b_in, self.W_enc) + b_enc
 
     def encode(self, x_nD: Tensor) -> Tensor:
         """Feature activations, [n, F]: non-negative, mostly zero. In training mode BatchTopK chooses over the batch."""
@@ -96,11 +101,14 @@ class SparseTranscoder(nn.Module):
         if self.activation == "jumprelu":
             return _JumpReLU.apply(acts, self.threshold, norms)  # type: ignore[return-value]
         if self.training:
-            count = min(max(round(self.k * len(sizes)), 1), sizes.numel())
-            cut = sizes.flatten().kthvalue(sizes.numel() - count + 1).values
+            cut = kth_largest(sizes, self._chosen(sizes), self.threshold[0])
             self._follow(cut)
-            return acts * ((sizes >= cut) & (sizes > 0))
+            return acts.masked_fill(sizes < cut, 0)
         return acts * (sizes > self.threshold)
+
+    def _chosen(self, sizes_nF: Tensor) -> int:
+        """How many features BatchTopK chooses over all these tokens."""
+        return min(max(round(self.k * len(sizes_nF)), 1), sizes_nF.numel())
 
     @torch.no_grad()
     def reach(self, pre_nF: Tensor, acts_nF: Tensor) -> Tensor:
@@ -125,13 +133,14 @@ class SparseTranscoder(nn.Module):
         cuts = []
         for x in x_nD.split(CALIBRATION_TOKENS):
             sizes = self.pre(x).relu() * self.norms()
-            count = min(max(round(self.k * len(sizes)), 1), sizes.numel())
-            cuts.append(sizes.flatten().kthvalue(sizes.numel() - count + 1).values * len(x))
+            cuts.append(kth_largest(sizes, self._chosen(sizes), self.threshold[0]) * len(x))
         self.threshold.fill_(torch.stack(cuts).sum() / len(x_nD))
 
     def decode(self, acts_nF: Tensor) -> Tensor:
         """Reconstructed queries or keys, [n, M]."""
-        return acts_nF @ self.W_dec + self.b_out
+        # In training JumpReLU lets gradients pass to activations of zero, near its thresholds.
+        product = torch.matmul if self.activation == "jumprelu" or acts_nF.dim() != 2 else acts_product
+        return product(acts_nF, self.W_dec) + self.b_out
 
     def forward(self, x_nD: Tensor) -> Tensor:
         return self.decode(self.encode(x_nD))
@@ -148,6 +157,19 @@ class SparseTranscoder(nn.Module):
         """(L0/k - 1)², differentiable in JumpReLU's thresholds only."""
         sizes = pre_nF.detach().relu() * self.norms()
         return (_Step.apply(sizes, self.threshold).sum(-1).mean() / self.k - 1) ** 2  # type: ignore[union-attr]
+
+
+def kth_largest(sizes: Tensor, count: int, guess: Tensor) -> Tensor:
+    """The `count`-th largest entry.
+
+    Sorting all of a batch's sizes for it takes as long as two products with the dictionary, so on a CPU those under
+    half of `guess` are left out first, wherever enough are left.
+    """
+    if sizes.device.type == "cpu" and guess > 0:
+        largest = sizes[sizes > guess / 2]
+        if len(largest) >= count:
+            return largest.kthvalue(len(largest) - count + 1).values
+    return sizes.flatten().kthvalue(sizes.numel() - count + 1).values
 
 
 def _nearness(sizes: Tensor, threshold: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ from qkscope.data import Batch
 from qkscope.data.documents import split_of
 from qkscope.dictionary import SparseTranscoder
 from qkscope.errors import UserError
-from qkscope.training import checkpoint
+from qkscope.training import checkpoint, loop
 from qkscope.training.job import Job
 from qkscope.training.loop import FLOOR, Logs, rate_at, train
 from qkscope.training.objective import PatternTarget
 from qkscope.training.stream import ModelStream, require_finite
+from qkscope.training.watch import Watch
 
 # Rates -----------------------------------------------------------------------------------------------
 
@@ -176,8 +177,57 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stands(tmp_path
     assert float(saved[0]["run|0|weight"]) == job.seen[8]
 
 
+class Late(Watch):
+    """Flags are read as on a GPU: at log steps and before checkpoints."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.at_once = False
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("log_steps", "calls"), [(3, 12), (100, 12), (11, 11), (4, 12)])
+def test_flags_that_are_read_late_stop_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, log_steps: int, calls: int
+) -> None:
+    """A checkpoint every 4 steps: the loss of step 10 is noticed with whatever comes first, and never learned from."""
+    monkeypatch.setattr(loop, "Watch", Late)
+    job = OneNumber(broken_at=10, loss=loss)
+    with pytest.raises(UserError, match=rf"run\|0: the loss is {loss} at step 10;"):
+        fit(tmp_path, [job], log_steps=log_steps)
+    assert job.calls == calls and job.seen[10:] == [job.seen[10]] * (calls - 10)
+    assert float(job.weight.detach()) == job.seen[10]
+    saved = checkpoint.load(tmp_path / "c.safetensors")
+    assert saved is not None and (saved[1].step, saved[1].done) == (8, False)
+    assert float(saved[0]["run|0|weight"]) == job.seen[8]
+    log = tmp_path / "0.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    assert [json.loads(line)["step"] for line in lines] == [*range(log_steps, 11, log_steps)]
+
+
+def test_a_run_that_ends_between_two_log_lines_reads_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Watch", Late)
+    at, _ = fit(tmp_path, [OneNumber()], checkpoint_steps=1000, log_steps=1000)
+    (tmp_path / "c.safetensors").unlink()
+    with pytest.raises(UserError, match=f"step {at.step - 1};"):
+        fit(tmp_path, [OneNumber(broken_at=at.step - 1)], checkpoint_steps=1000, log_steps=1000)
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_flags_read_late_say_the_first_and_are_read_once() -> None:
+    watch = Late(torch.device("cpu"))
+    for n, bad in enumerate([False, True, True]):
+        watch.note(torch.tensor(bad), lambda n=n: f"flag {n}")
+    with pytest.raises(UserError, match="flag 1"):
+        watch.read()
+    watch.read()
+
+
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_layer_step_document_and_position(tmp_path: Path, what: float) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_activations_that_are_not_finite_name_layer_step_document_and_position(
+    tmp_path: Path, what: float, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One word breaks the model: where it stands is what the error says, and the last checkpoint stands."""
     texts = [t.replace(f"w{WORDS - 1}", "w0") for t in documents_of([15] * 60)]
     number = 0
@@ -192,6 +242,8 @@ def test_activations_that_are_not_finite_name_layer_step_document_and_position(t
     model.transformer.wte.weight.data[5 + WORDS - 1] = what
     job, path = OneNumber(), tmp_path / "c.safetensors"
     config = TrainingConfig(checkpoint_steps=1)
+    if late:
+        monkeypatch.setattr(loop, "Watch", Late)
     with pytest.raises(UserError) as error:
         train(
             "step1", [job], ModelStream(opened, stream(source(tmp_path, texts), repeat=True)), 2000, config,
@@ -200,9 +252,11 @@ def test_activations_that_are_not_finite_name_layer_step_document_and_position(t
     said = str(error.value)
     assert "\n" not in said and "layer 0" in said and f"step {step}," in said
     assert "document 23," in said and "position 4;" in said  # BOS is no token of it
-    assert len(job.seen) == step
+    assert len(job.seen) == step + late
     saved = checkpoint.load(path)
-    assert saved is not None and saved[1].step == step and float(saved[0]["run|0|weight"]) == float(job.weight.detach())
+    assert saved is not None and saved[1].step == step
+    if not late:
+        assert float(saved[0]["run|0|weight"]) == float(job.weight.detach())
 
 
 def test_nan_at_padding_is_nobodys_business() -> None:

@@ -136,10 +136,12 @@ def blocked(
                 continue
             slopes = scores[1:].sub_(true)
             both, query_only, key_only = slopes if slope is None else slopes.mul_(slope)
-            found = torch.bmm(both, hat_k).mul_(parts[0]).baddbmm_(query_only, true_k, alpha=parts[1])
+            found = torch.bmm(both, hat_k)
+            torch.baddbmm(found, query_only, true_k, beta=parts[0], alpha=parts[1], out=found)
             to_q[heads, :, queries] = found.mul_(weight_R1).unflatten(1, (n_each, -1))
-            found = torch.bmm(both.mT, hat_q * weight_R1).mul_(parts[0])
-            to_k[heads, keys] += found.baddbmm_(key_only.mT, true_q * weight_R1, alpha=parts[2])
+            found = torch.bmm(both.mT, hat_q * weight_R1)
+            torch.baddbmm(found, key_only.mT, true_q * weight_R1, beta=parts[0], alpha=parts[2], out=found)
+            to_k[heads, keys] += found
         grad_q[b], grad_k[b] = to_q.flatten(0, 1).transpose(0, 1), to_k.transpose(0, 1)
     return (kl_3, grad_q, grad_k) if gradients else (kl_3, None, None)
 

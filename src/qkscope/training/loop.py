@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..config import TrainingConfig
-from ..errors import UserError
 from ..files import disk_errors
 from . import checkpoint
 from .checkpoint import Progress
 from .job import Job
 from .objective import PatternTarget
-from .stream import Stream, require_finite
+from .stream import Harvest, Stream, require_finite
+from .watch import Watch
 
 FLOOR = 0.01  # the learning rate ends at this share of its peak
 
@@ -92,6 +92,7 @@ def train(
             checkpoint.restore_optimizer(optimizer, job, saved[0])
     logs.cut(at.logs)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    watch = Watch(device)
     sums: dict[str, dict[str, Tensor]] = {}
     counted, since, clock = 0, at.tokens, time.monotonic()
 
@@ -101,22 +102,20 @@ def train(
 
     while at.tokens < tokens:
         batch = next(stream)
-        factor = rate_at(at.tokens / tokens, config)
-        for layer, seen in batch.layers.items():
-            require_finite(seen, layer, batch.origin, at.step)
-            target = PatternTarget(seen)
-            for job, optimizer in zip(jobs, optimizers, strict=True):
-                if job.layer == layer:
-                    job.before_step(at.tokens / tokens)
-                    log = _update(job, optimizer, target, factor, autocast, at.step)
-                    totals = sums.setdefault(job.name, {})
-                    for key, value in log.items():
-                        totals[key] = totals.get(key, 0) + value
+        logged = train_step(batch, jobs, optimizers, at.tokens / tokens, config, autocast, watch, at.step)
+        for name, log in logged.items():
+            totals = sums.setdefault(name, {})
+            for key, value in log.items():
+                totals[key] = totals.get(key, 0) + value
         at.step += 1
         at.tokens += batch.n_tokens
         counted += 1
         ended = at.tokens >= tokens
-        if at.step % config.log_steps == 0 or ended:
+        logs_now = at.step % config.log_steps == 0 or ended
+        keeps_now = at.step % config.checkpoint_steps == 0 and not ended
+        if logs_now or keeps_now:
+            watch.read()
+        if logs_now:
             speed = (at.tokens - since) / max(time.monotonic() - clock, 1e-9)
             for name, totals in sums.items():
                 means = {key: float(value) / counted for key, value in totals.items()}
@@ -124,7 +123,7 @@ def train(
                 logs.write(name, line)
                 logs.say({"name": name, "total": tokens, **line})
             sums, counted, since, clock = {}, 0, at.tokens, time.monotonic()
-        if at.step % config.checkpoint_steps == 0 and not ended:
+        if keeps_now:
             keep()
     for job in jobs:
         job.before_step(1.0)
@@ -133,24 +132,54 @@ def train(
     return at
 
 
+def train_step(
+    batch: Harvest,
+    jobs: Sequence[Job],
+    optimizers: Sequence[torch.optim.Optimizer],
+    done: float,
+    config: TrainingConfig,
+    autocast: torch.autocast,
+    watch: Watch,
+    step: int,
+) -> dict[str, dict[str, Tensor]]:
+    """One step of every job whose layer was harvested, after this share of the training; what each logs.
+
+    What is not finite is noted in `watch`, and no step is taken on a loss that is not.
+    """
+    logs: dict[str, dict[str, Tensor]] = {}
+    for layer, seen in batch.layers.items():
+        require_finite(seen, layer, batch.origin, step, watch)
+        target = PatternTarget(seen)
+        for job, optimizer in zip(jobs, optimizers, strict=True):
+            if job.layer == layer:
+                job.before_step(done)
+                logs[job.name] = _update(job, optimizer, target, rate_at(done, config), autocast, watch, step)
+    return logs
+
+
 def _update(
     job: Job,
     optimizer: torch.optim.Optimizer,
     target: PatternTarget,
     factor: float,
     autocast: torch.autocast,
+    watch: Watch,
     step: int,
 ) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     optimizer.zero_grad(set_to_none=True)
     loss, log = job.loss(target, autocast)
-    if not torch.isfinite(loss.detach()):
-        raise UserError(
-            f"{job.name}: the loss is {loss.item()} at step {step}; lower the learning rate "
-            "(the last checkpoint is kept)"
-        )
+    value = loss.detach()
+    bad = ~torch.isfinite(value)
+    watch.note(bad, lambda: _diverged(job.name, value, step))
     loss.backward()
+    # What a gradient scaler tells a fused optimizer: the step is not taken, and the host need not know.
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     optimizer.step()
     job.after_step()
-    return {"loss": loss.detach(), **log}
+    return {"loss": value, **log}
+
+
+def _diverged(name: str, loss: Tensor, step: int) -> str:
+    return f"{name}: the loss is {loss.item()} at step {step}; lower the learning rate (the last checkpoint is kept)"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
+from ..kernels.mostly_zero import acts_product
 from .job import Job
 from .objective import PatternTarget, revival_loss, sparsity_loss
 from .pair_penalty import pair_penalty
@@ -84,14 +85,13 @@ class Step1Job(Job):
             fired[side] = acts
             dead = self._note(side, acts.detach())
             extra = extra + sparsity_loss(transcoder, pre, acts, self.config.sparsity or 0.0)
-            if self.config.aux and bool(dead.any()):
-                aux = transcoder.W_dec[dead]
+            if self.config.aux and len(index := dead.nonzero()[:, 0]):
+                aux = transcoder.W_dec.index_select(0, index)
+                revived = _largest(pre.index_select(1, index), aux, self._aux_count(side))
                 extra = extra + self.config.aux * revival_loss(
-                    true - out[side].float(),
-                    _largest(pre[:, dead], aux, self._aux_count(side)) @ aux,
-                    transcoder.metric,
+                    true - out[side].float(), acts_product(revived, aux), transcoder.metric
                 )
-            log[f"l0_{side}"] = (acts.detach() > 0).sum(-1).float().mean()
+            log[f"l0_{side}"] = acts.detach().count_nonzero() / len(acts)
             log[f"dead_{side}"] = dead.float().mean()
         if self.config.pair_sparsity:
             penalty = pair_penalty(target, self.query, self.key, fired["query"], fired["key"], self.draw)
@@ -109,7 +109,7 @@ class Step1Job(Job):
         """Count the tokens since each feature fired; bool [F] of those that count as dead."""
         idle = self.get_buffer(f"{side}_idle")
         idle += len(acts_nF)
-        idle[(acts_nF > 0).any(0)] = 0
+        idle.masked_fill_(acts_nF.amax(0) > 0, 0)
         return idle > self.config.dead_after
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..attention import AttentionInputs, AttentionSite, harvest
 from ..data.sequences import Batch, Sequences
-from ..errors import UserError
+from .watch import Watch
 
 
 class Origin(Protocol):
@@ -73,18 +74,25 @@ def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
     return inputs
 
 
-def require_finite(inputs: AttentionInputs, layer: int, origin: Origin, step: int | None = None) -> None:
-    """Raise `UserError` that says where, unless everything harvested is finite.
+def require_finite(
+    inputs: AttentionInputs, layer: int, origin: Origin, step: int | None = None, watch: Watch | None = None
+) -> None:
+    """Raise `UserError` that says where, unless everything harvested is finite; `watch`: when that one is read.
 
     Document and position are those of examples.parquet: content tokens from 0, BOS not counted (-1: BOS itself).
     """
-    when = "" if step is None else f"at step {step}, "
+    watch = watch or Watch(torch.device("cpu"))
     for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
-        bad = ~torch.isfinite(values.flatten(2)).all(-1) & inputs.real_BT
-        if bool(bad.any()):
-            b, t = bad.nonzero()[0]
-            raise UserError(
-                f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
-                f"{int(origin.document_B[b])}, position {int(origin.positions(b, t))}; try --training.dtype float32 "
-                "(the last checkpoint is kept)"
-            )
+        largest_BT = torch.linalg.vector_norm(values.flatten(2), torch.inf, -1)
+        bad_BT = ~torch.isfinite(largest_BT) & inputs.real_BT
+        watch.note(bad_BT.any(), partial(_where, bad_BT, name, layer, origin, step))
+
+
+def _where(bad_BT: Tensor, name: str, layer: int, origin: Origin, step: int | None) -> str:
+    when = "" if step is None else f"at step {step}, "
+    b, t = bad_BT.nonzero()[0]
+    return (
+        f"layer {layer}: the model's attention {name} hold NaN or infinity {when}document "
+        f"{int(origin.document_B[b])}, position {int(origin.positions(b, t))}; try --training.dtype float32 "
+        "(the last checkpoint is kept)"
+    )

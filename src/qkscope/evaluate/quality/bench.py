@@ -80,7 +80,7 @@ class LayerBench(Workbench):
         super().__init__(
             layer,
             SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None),
-            [self._inputs(b) for b in self.text("train", repeat=True, most=size.sample_tokens)],
+            [self.inputs(b) for b in self.text("train", repeat=True, most=size.sample_tokens)],
             lambda: ModelStream([self.site], self.text("train", repeat=True)),
             TrainingConfig(tokens=size.tokens, batch_tokens=size.batch_tokens, seed=seed, checkpoint_steps=10**9),
         )
@@ -92,7 +92,7 @@ class LayerBench(Workbench):
             batch_tokens=self.size.batch_tokens, seed=self.seed, repeat=repeat, max_tokens=most,
         )  # fmt: skip
 
-    def _inputs(self, batch: Any) -> AttentionInputs:
+    def inputs(self, batch: Any) -> AttentionInputs:
         return harvest([self.site], batch.tokens_BT, batch.real_BT)[0]
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class LayerBench(Workbench):
         score, whole, patched = PatternScore(), KLScore(), PatchedScore()
         activity = {side: Activity() for side in SIDES}
         for batch in self.heldout:
-            inputs = self._inputs(batch)
+            inputs = self.inputs(batch)
             log_pattern = source(inputs)
             score.add(inputs, log_pattern)
             if pairs == "kept":
@@ -130,7 +130,7 @@ class LayerBench(Workbench):
         """The pattern's KL from a uniform one, and what the model loses without this attention."""
         score, patched = KLScore(), PatchedScore()
         for batch in self.heldout:
-            inputs = self._inputs(batch)
+            inputs = self.inputs(batch)
             score.add(inputs, uniform_log_pattern(inputs))
             patched.add(self.site, batch, {"zero": zero_pattern})
         return {

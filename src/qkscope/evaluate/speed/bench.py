@@ -1,0 +1,208 @@
+"""Every part of a run at one shape, beside the published procedure: what is measured, and in which turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from ...data.sequences import Batch
+from ...decomposition import Decomposition
+from ...explain.examples import Examples
+from ...pairs.importance import firing_features, rank_pairs
+from ...pairs.mask import MaskJob, shortfall
+from ...pairs.selection import map_kl, top
+from ...pattern import AttentionInputs
+from ...training.loop import FLOOR
+from ...training.recipes import RECIPES
+from ...training.step1 import Step1Job
+from ..report import CURVE, measure
+from . import published, work
+from .measure import Ceiling, by_processor, in_turns, timed
+from .race import race
+from .step import Steps
+from .work import Shape, Work
+from .world import RandomText, Size, World, job_of
+
+VARIANTS = 5  # patterns that the report puts into the model, one at a time
+MASK_SPARSITY, MASK_RATE = 1e-6, 1e-2
+SEED, DEFAULT, THREE, THEIRS = "step 1, seed", "step 1, default", "step 1, default, 3 layers", "published step 1"
+MASK, THEIR_MASK = "mask", "published mask"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A part of a run: what is done, to how many tokens, and what that takes."""
+
+    act: Callable[[], object]
+    tokens: int
+    work: Work
+
+
+def run_speed(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The figures so far, after each group of parts."""
+    ceiling = Ceiling.measured(device)
+    world = World(size, device)
+    found: dict[str, Any] = {"machine": machine(device), "shape": vars(size), "parts": {}, "load": load()}
+    ways: dict[str, Way] = {}
+    for group in (step1_ways, pair_ways):
+        here = group(world)
+        ways |= here
+        timings = in_turns({name: way.act for name, way in here.items()}, size.repeats, device)
+        ceiling = ceiling.over(Ceiling.measured(device))
+        found["parts"] |= {name: timing.figures(device) for name, timing in timings.items()}
+        for name, part in found["parts"].items():  # by the highest ceiling that the machine has shown so far
+            part |= _rates(part["seconds"], ways[name], ceiling)
+        found["ceiling"] = {"flops_per_s": ceiling.flops, "bytes_per_s": ceiling.bytes}
+        found["ratios"] = ratios(found["parts"])
+        found["load"] += load()
+        yield found
+    found["whole_mask"] = _whole_mask(world)
+    yield found
+    del world
+    found["race"] = race(size.mask_steps)
+    found["load"] += load()
+    yield found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "dtype": "float32", "seconds_are": "processor" if by_processor(device) else "wall",
+    }  # fmt: skip
+
+
+def load() -> list[float]:
+    """Mean number of processes that wanted to run in the last minute, where the system says."""
+    return [round(os.getloadavg()[0], 2)] if hasattr(os, "getloadavg") else []
+
+
+def _rates(seconds: float, way: Way, ceiling: Ceiling) -> dict[str, float]:
+    flops, moved = way.work.flops / seconds, way.work.bytes / seconds
+    return {
+        "tokens": way.tokens, "tokens_per_s": way.tokens / seconds,
+        "flops": way.work.flops, "flops_per_s": flops, "of_ceiling_flops": flops / ceiling.flops,
+        "bytes": way.work.bytes, "bytes_per_s": moved, "of_ceiling_bytes": moved / ceiling.bytes,
+    }  # fmt: skip
+
+
+def ratios(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How many times as fast ours is for as many layers and tokens, turn by turn."""
+    found = {}
+    for name, theirs, ours, layers in (
+        ("step 1, one layer, seed recipe", THEIRS, SEED, 1),
+        ("step 1, one layer, default recipe", THEIRS, DEFAULT, 1),
+        ("step 1, three layers, default recipe", THEIRS, THREE, 3),  # theirs takes each layer by itself
+        ("mask over the same features", THEIR_MASK, MASK, 1),
+    ):
+        if theirs in parts and ours in parts:
+            turns = zip(parts[theirs]["seconds_all"], parts[ours]["seconds_all"], strict=True)
+            each = [layers * a / b for a, b in turns]
+            found[name] = {"median": median(each), "range": [min(each), max(each)]}
+    return found
+
+
+def step1_ways(world: World) -> dict[str, Way]:
+    """Harvest, and a step of step 1: ours by both recipes and for three layers in one harvest; the published one."""
+    size, device = world.size, world.device
+    width, dense, n = (size.width, size.width), device.type != "cpu", size.step_tokens
+    shape = shape_of(size, width)
+    statistics = world.statistics()
+    plain_job = job_of(world.last.layer, statistics[-1], "seed", width, size.k)
+    sparsity, rate = (RECIPES["seed"][name] for name in ("sparsity", "learning_rate"))
+    plain = published.Step1(world.last, *_sides(plain_job, size), sparsity=sparsity, rate=FLOOR * rate)
+
+    def steps(recipe: str, n_layers: int) -> Way:
+        chosen = list(zip(world.sites, statistics, strict=True))[-n_layers:]
+        jobs = [job_of(site.layer, s, recipe, width, size.k) for site, s in chosen]
+        stream = RandomText(world, [site for site, _ in chosen], n)
+        done = work.step1(shape, n_layers, batchtopk=recipe == "default", dense=dense)
+        return Way(Steps(jobs, stream, device).step, n, done)
+
+    return {
+        "harvest": Way(lambda: world.read(world.text(n)), n, work.harvest(shape)),
+        DEFAULT: steps("default", 1),
+        SEED: steps("seed", 1),
+        THREE: steps("default", 3),
+        THEIRS: Way(lambda: plain.step(world.text(n).tokens_BT), n, work.published_step1(shape)),
+    }
+
+
+def pair_ways(world: World) -> dict[str, Way]:
+    """All that follows step 1, on dictionaries of the whole width; the masks on as many features as lived."""
+    size, device = world.size, world.device
+    width, dense, n, n_sample = (size.width, size.width), device.type != "cpu", size.step_tokens, size.sampled_tokens
+    bench, statistics = world.workbench(n_sample), world.statistics()[-1]
+    job = job_of(world.last.layer, statistics, "default", width, size.k).eval()
+    for side in (job.query, job.key):
+        side.calibrate(statistics["query"].x_nD)
+    pairs, worth = rank_pairs(bench.sample, job.query, job.key, size.pairs)
+    used = sum(len(columns) for columns, _ in pairs.key_columns) / size.heads
+    step_shape, sample_shape = (shape_of(size, width, len(pairs), used, tokens) for tokens in (n, n_sample))
+    stream = RandomText(world, [world.last], n)
+    refitted, tuned = (bench.map_job(name, job, pairs, tuned=name == "tune") for name in ("refit", "tune"))
+    tuned.keep(torch.arange(len(pairs), device=device))  # as a run does: features without a pair go
+    tuned_shape = shape_of(size, (tuned.query.width, tuned.key.width), len(pairs), used)
+    firing = [len(features) for features in firing_features(bench.sample, job.query, job.key)]
+    dec, batch = bench.decomposition(bench.map_job("map", job, pairs)), world.text(n_sample)
+
+    few = job_of(world.last.layer, statistics, "seed", size.live, size.k)
+    plain = published.Mask(world.last, *_sides(few, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
+    live = torch.arange(size.live[0] + 1, device=device), torch.arange(size.live[1] + 1, device=device)
+    ours = MaskJob(
+        world.last.layer, "mask", few.query, few.key, live, size.heads, sparsity=MASK_SPARSITY, rate=MASK_RATE
+    )  # fmt: skip
+    few_shape = shape_of(size, size.live)
+    return {
+        "importance and ranking": Way(
+            lambda: rank_pairs(bench.sample, job.query, job.key, size.pairs), n_sample,
+            work.importance(sample_shape, (firing[0], firing[1])),
+        ),
+        "selection, for each count": Way(
+            lambda: map_kl(bench.map_job("few", job, pairs.take(top(worth, size.pairs))), bench.sample),
+            n_sample, work.selection(sample_shape),
+        ),
+        "refit": Way(Steps([refitted], stream, device).step, n, work.refit(step_shape)),
+        "tune": Way(Steps([tuned], stream, device).step, n, work.tune(tuned_shape, dense=dense)),
+        MASK: Way(Steps([ours], stream, device).step, n, work.mask(few_shape)),
+        THEIR_MASK: Way(lambda: plain.step(world.text(n).tokens_BT), n, work.published_mask(few_shape)),
+        "evaluation": Way(
+            lambda: _evaluate(dec, world, batch, bench.sample),
+            n_sample, work.evaluation(sample_shape, size.vocabulary, VARIANTS, len(CURVE)),
+        ),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _evaluate(dec: Decomposition, world: World, batch: Batch, sample: list[AttentionInputs]) -> None:
+    measure(dec, world.last, [batch], sample, Examples(dec, 12, drawn=2, pairs=4), controls=False)
+
+
+def _whole_mask(world: World) -> dict[str, Any]:
+    """One step of the published mask over all pairs of all features, once and cold; or why it cannot be."""
+    size = world.size
+    pairs = (size.width + 1) ** 2 * size.heads
+    if said := shortfall([(size.width + 1, size.width + 1, size.heads)], world.device):
+        return {"pairs": pairs, "skipped": said}
+    job = job_of(world.last.layer, world.statistics()[-1], "seed", (size.width, size.width), size.k)
+    mask = published.Mask(world.last, *_sides(job, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
+    wall, processor = timed(lambda: mask.step(world.text(size.batch_tokens).tokens_BT), world.device)
+    return {"pairs": pairs, "wall_s": wall, "processor_s": processor, "tokens": size.step_tokens}
+
+
+def _sides(job: Step1Job, size: Size) -> tuple[published.Side, published.Side]:
+    return published.Side(job.query, size.heads), published.Side(job.key, size.heads)
+
+
+def shape_of(size: Size, width: tuple[int, int], pairs: int = 0, used: float = 0, tokens: int | None = None) -> Shape:
+    """What the counts of work.py are of."""
+    return Shape(
+        tokens or size.step_tokens, size.context, 64 * size.heads, size.heads, 64, *width, size.k, size.model_layers,
+        pairs, used,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Training steps as the loop takes them, without its logs and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...config import TrainingConfig
+from ...training.job import Job
+from ...training.loop import train_step
+from ...training.stream import Stream
+from ...training.watch import Watch
+
+
+class Steps:
+    """Jobs on a stream; `done`: the share of the training that the learning rate is taken at."""
+
+    def __init__(self, jobs: Sequence[Job], stream: Stream, device: torch.device, done: float = 0.0) -> None:
+        self.jobs, self.stream, self.done, self.taken = jobs, stream, done, 0
+        self.optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
+        self.watch = Watch(device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=False)
+        self.config = TrainingConfig()
+
+    def step(self) -> dict[str, dict[str, torch.Tensor]]:
+        batch = next(self.stream)
+        logged = train_step(
+            batch, self.jobs, self.optimizers, self.done, self.config, self.autocast, self.watch, self.taken
+        )
+        self.taken += 1
+        if self.taken % self.config.log_steps == 0:
+            self.watch.read()
+        return logged

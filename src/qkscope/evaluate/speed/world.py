@@ -1,0 +1,165 @@
+"""What is measured on: a GPT-2 of random weights, random text, and dictionaries as they are once they are sparse.
+
+Shapes, not meanings: figures are of time and memory. Weights of queries and keys are scaled up, so that patterns are as
+far from uniform as a trained model's; tokens follow Zipf's law, as those of text do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
+
+from ...attention import AttentionInputs, AttentionSite, harvest, open_sites
+from ...config import DictionaryConfig, TrainingConfig
+from ...data.sequences import Batch
+from ...decomposition import SiteShape
+from ...dictionary import kth_largest
+from ...training.recipes import resolved
+from ...training.start import SideStatistics, side_statistics, start
+from ...training.step1 import Step1Job
+from ...training.stream import Harvest
+from ..workbench import Workbench
+
+SCALE = 4.0  # of the weights of queries and keys: a pattern's entropy at 256 positions is then about 1.2 nats
+DIVERSITY = 3.0  # Zipf's law with an offset: the n-th token's frequency is as 1 / (n + 3)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A shape and what may be spent on it; D is 64 a head."""
+
+    context: int = 256
+    width: int = 2400
+    """Features a side."""
+    k: float = 16
+    batch_tokens: int = 2048
+    pairs: int = 20_000
+    """Pairs of our maps: the published masks left 25,000 to 51,000."""
+    live: tuple[int, int] = (270, 466)
+    """Query and key features that masks are over: those that lived at layer 10 of the published run."""
+    sample_tokens: int = 2048
+    """Tokens of ranking, selection and evaluation."""
+    heads: int = 12
+    model_layers: int = 4
+    vocabulary: int = 50_257
+    repeats: int = 3
+    mask_steps: int = 160
+    """Steps of the published mask in the race (race.py)."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, as whole sequences."""
+        return max(self.batch_tokens // self.context, 1) * self.context
+
+    @property
+    def sampled_tokens(self) -> int:
+        return max(self.sample_tokens // self.context, 1) * self.context
+
+
+SIZES = {
+    "small": Size(),
+    "medium": Size(
+        context=1024, width=24_576, k=32, batch_tokens=8192, pairs=100_000, live=(2400, 2400), sample_tokens=8192,
+        model_layers=12, mask_steps=600,
+    ),
+    "large": Size(
+        context=4096, width=24_576, k=32, batch_tokens=16_384, pairs=100_000, live=(2400, 2400), sample_tokens=16_384,
+        model_layers=12, mask_steps=600,
+    ),
+}  # fmt: skip
+
+
+class World:
+    """One model, its last three layers, and text for them."""
+
+    def __init__(self, size: Size, device: torch.device, seed: int = 0) -> None:
+        self.size, self.device = size, device
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: Any = GPT2LMHeadModel(
+                GPT2Config(
+                    n_layer=size.model_layers, n_head=size.heads, n_embd=64 * size.heads, n_positions=size.context,
+                    vocab_size=size.vocabulary, bos_token_id=0, eos_token_id=0,
+                )
+            )  # fmt: skip
+        transformers_logging.set_verbosity(verbosity)
+        for block in model.transformer.h:
+            with torch.no_grad():
+                block.attn.c_attn.weight[:, : 2 * 64 * size.heads] *= SCALE
+        model = model.to(device).eval().requires_grad_(False)
+        self.sites = open_sites(model, None, range(size.model_layers)[-3:])
+        self.generator = torch.Generator().manual_seed(seed)
+        self.frequency = 1 / (torch.arange(size.vocabulary) + DIVERSITY)
+
+    @property
+    def last(self) -> AttentionSite:
+        return self.sites[-1]
+
+    def text(self, tokens: int) -> Batch:
+        """Random sequences of the size's context, at least one."""
+        n = max(tokens // self.size.context, 1)
+        drawn = torch.multinomial(self.frequency, n * self.size.context, replacement=True, generator=self.generator)
+        tokens_BT = drawn.view(n, self.size.context)
+        number = torch.arange(n)
+        batch = Batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), number, torch.zeros_like(number))
+        return batch.to(self.device)
+
+    def read(self, batch: Batch) -> AttentionInputs:
+        """What the last layer's attention is handed."""
+        return harvest([self.last], batch.tokens_BT, batch.real_BT)[0]
+
+    def workbench(self, tokens: int) -> Workbench:
+        """The last layer with its sample, for maps and their pruning."""
+        shape = SiteShape(**self.last.shape, rotary=False, reads=None)
+        sample = [self.read(self.text(self.size.batch_tokens)) for _ in range(max(tokens // self.size.batch_tokens, 1))]
+        return Workbench(
+            self.last.layer, shape, sample, lambda: RandomText(self, [self.last], tokens), TrainingConfig()
+        )
+
+    def statistics(self) -> list[dict[str, SideStatistics]]:
+        """Of each of the layers, on one batch."""
+        batch = self.text(self.size.batch_tokens)
+        seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
+        return [side_statistics([inputs]) for inputs in seen]
+
+
+class RandomText:
+    """Endless harvests of random text."""
+
+    def __init__(self, world: World, sites: Sequence[AttentionSite], tokens: int) -> None:
+        self.world, self.sites, self.tokens = world, sites, tokens
+
+    def __next__(self) -> Harvest:
+        batch = self.world.text(self.tokens)
+        seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
+        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, batch.n_tokens)
+
+    def state(self) -> dict[str, Any]:
+        raise NotImplementedError("random text is not gone back to")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("random text is not gone back to")
+
+
+def job_of(
+    layer: int, statistics: dict[str, SideStatistics], recipe: str, width: tuple[int, int], k: float
+) -> Step1Job:
+    """Step 1 of a layer as it is after its first steps: about k active features on either side, whatever the recipe."""
+    values = {"recipe": recipe, "width": width[0], "width_key": width[1], "k": k}
+    # A start from a few inputs of random text fires on these inputs alone.
+    dictionary = DictionaryConfig(**values, start="random" if recipe == "default" else None)
+    config = resolved(dictionary, TrainingConfig())
+    query, key = (start(config, side, statistics[side], f"{recipe} {layer}", 0) for side in ("query", "key"))
+    for side, transcoder in (("query", query), ("key", key)):
+        pre = transcoder.pre(statistics[side].x_nD).detach()
+        if transcoder.activation == "relu":  # starts with every second feature active, and is sparse some steps later
+            with torch.no_grad():
+                transcoder.b_enc.sub_(kth_largest(pre, max(round(k * len(pre)), 1), pre.new_zeros(())))
+    return Step1Job(layer, recipe, config, query, key)

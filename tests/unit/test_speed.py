@@ -1,0 +1,194 @@
+"""`bench speed`: counted operations against torch's counter, turns, memory, ratios, and the command on a tiny shape."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from qkscope import cli
+from qkscope.errors import UserError
+from qkscope.evaluate.speed import bench, measure, race, report
+from qkscope.evaluate.speed.bench import MASK, SEED, THEIR_MASK, THEIRS, THREE, Way, pair_ways, ratios, step1_ways
+from qkscope.evaluate.speed.measure import Ceiling, Timing, in_turns, most_held
+from qkscope.evaluate.speed.work import Work, adam, product, seen_share, sparse
+from qkscope.evaluate.speed.world import SIZES, Size, World, job_of
+
+TINY = Size(
+    context=24, width=150, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, heads=2, model_layers=4,
+    vocabulary=200, repeats=2, mask_steps=5,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(TINY, CPU)
+
+
+@pytest.fixture(scope="module")
+def ways(world: World) -> dict[str, Way]:
+    return step1_ways(world) | pair_ways(world)
+
+
+def counted(way: Way) -> int:
+    way.act()  # gradients and layouts that are made once
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        way.act()
+    return counter.get_total_flops()
+
+
+NAMES = ["harvest", "step 1, default", SEED, THREE, THEIRS, "importance and ranking", THEIR_MASK]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_count_by_hand_is_the_counters(name: str, ways: dict[str, Way]) -> None:
+    assert ways[name].work.dense == counted(ways[name]) > 1e6
+
+
+@pytest.mark.parametrize(("name", "products"), [("selection, for each count", 1), ("refit", 2)])
+def test_sparse_products_are_not_counted_as_the_dense_ones_that_the_counter_takes_them_for(
+    name: str, products: int, ways: dict[str, Way]
+) -> None:
+    way = ways[name]
+    used = way.work.sparse, counted(way) - way.work.dense
+    # For each head a sparse matrix [used keys, features] times [features, n]; or its gradient.
+    columns = used[1] / (products * 2 * (TINY.width + 1) * way.tokens)
+    assert columns == round(columns) and TINY.heads < columns < TINY.pairs
+    assert 0 < way.work.sparse < used[1] / 20
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("tune", 0.9, 1.1), ("evaluation", 0.8, 1.0), (MASK, 1.0, 1.2)])
+def test_what_depends_on_the_batch_is_counted_nearly(
+    name: str, least: float, most: float, ways: dict[str, Way]
+) -> None:
+    assert least <= ways[name].work.dense / counted(ways[name]) < most
+
+
+def test_a_causal_blocks_share() -> None:
+    assert seen_share(64) == 1.0 and seen_share(256) == (64 + 128 + 192 + 256) / 1024
+    assert seen_share(4096) == pytest.approx(0.5, abs=0.01) and seen_share(100) == (64 * 64 + 36 * 100) / 10_000
+
+
+def test_units_of_work() -> None:
+    assert product(2, 3, 5) == Work(dense=60, bytes=4 * (6 + 15 + 10))
+    assert (product(2, 3, 5, 4) + adam(10)).bytes == 16 * 31 + 280
+    assert (sparse(7, 3) * 2).flops == 84 and sparse(7, 3).dense == 0
+
+
+def test_both_recipes_start_with_about_k_features(world: World) -> None:
+    statistics = world.statistics()[-1]
+    for recipe in ("seed", "default"):
+        job = job_of(3, statistics, recipe, (100, 120), 5)
+        for side in (job.query, job.key):
+            active = (side.encode(statistics["query"].x_nD) > 0).sum(1).float().mean()
+            assert float(active) == pytest.approx(5, abs=0.1)
+
+
+# Time and memory -------------------------------------------------------------------------------------
+
+
+def test_ways_take_turns_after_a_round_that_is_not_timed() -> None:
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.02)
+
+    found = in_turns({"slow": slow, "quick": lambda: calls.append("quick")}, 3, CPU)
+    assert calls == ["slow", "quick"] * 4
+    assert [len(timing.wall) for timing in found.values()] == [3, 3]
+    assert min(found["slow"].wall) >= 0.02 > max(found["slow"].processor)  # sleeping takes no processor
+
+
+def test_figures_are_of_the_processor_for_one_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing([3.0, 1.0, 2.0], [0.3, 0.1, 0.2], 7)
+    assert timing.figures(CPU)["seconds"] == 0.2 and timing.figures(CPU)["seconds_all"] == [0.3, 0.1, 0.2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert timing.figures(CPU)["seconds"] == 2.0
+    assert timing.figures(CPU)["wall_s"] == 2.0 and timing.figures(CPU)["processor_s"] == 0.2
+
+
+def test_the_most_held_is_of_the_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not measure.REFERENCES.exists():
+        pytest.skip("this system does not say how much memory a process held")
+    kept = torch.ones(40_000_000)  # 160 MB before, which do not count
+    for megabytes in (200, 50):  # a larger one before does not either
+        held = most_held(lambda n=megabytes: torch.ones(n * 250_000).sum(), CPU)
+        assert held is not None and 0.95 * megabytes < held / 1e6 < megabytes + 30
+    assert len(kept)
+    monkeypatch.setattr(measure, "REFERENCES", tmp_path / "nowhere" / "clear_refs")
+    assert most_held(lambda: None, CPU) is None
+
+
+def test_ceilings_are_the_higher_ones() -> None:
+    assert Ceiling(2.0, 5.0).over(Ceiling(3.0, 4.0)) == Ceiling(3.0, 5.0)
+
+
+def test_ratios_are_turn_by_turn_and_for_as_many_layers() -> None:
+    def part(*seconds: float) -> dict[str, Any]:
+        return {"seconds_all": list(seconds)}
+
+    found = ratios({THEIRS: part(4, 6, 6), SEED: part(2, 2, 4), THREE: part(3, 3, 3)})
+    assert found == {
+        "step 1, one layer, seed recipe": {"median": 2.0, "range": [1.5, 3.0]},
+        "step 1, three layers, default recipe": {"median": 6.0, "range": [4.0, 6.0]},
+    }
+
+
+# The command -----------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(SIZES, "small", replace(TINY, repeats=1))
+    # The ceiling's own products and copies take seconds.
+    monkeypatch.setattr(Ceiling, "measured", classmethod(lambda cls, device: Ceiling(1e12, 1e12)))
+    settings = replace(race.SETTINGS, width=40, tokens=1024, heldout_tokens=600, sample_tokens=600)
+    raced = race.race(5, settings)
+    monkeypatch.setattr(bench, "race", lambda steps: raced)
+    path = tmp_path / "speed.json"
+    cli.main(["bench", "speed", "--size", "small", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert (found["benchmark"], found["size"], found["machine"]["threads"]) == ("speed", "small", 1)
+    said = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in said and "1 of" in said and "150 features a side" in said
+    for name, part in found["parts"].items():
+        assert sum(line.startswith(f"{name:<31}") for line in said.splitlines()) == 1
+        assert part["tokens"] == 48 and len(part["seconds_all"]) == 1
+        assert part["tokens_per_s"] == pytest.approx(48 / part["seconds"])
+        assert part["of_ceiling_flops"] == pytest.approx(part["flops"] / part["seconds"] / 1e12)
+    assert set(NAMES) | {MASK, "refit", "tune", "evaluation"} < set(found["parts"])
+    assert len(found["ratios"]) == 4 and found["whole_mask"]["pairs"] == 151**2 * 2 and "measured once" in said
+    rows = found["race"]["rows"]
+    assert [row["method"] for row in rows] == ["published mask", "ranked, refitted", "ranked, tuned"]
+    assert rows[0]["reached"] and rows[0]["steps"] == 5 and rows[0]["pairs"] <= rows[0]["from_pairs"]
+    for row in rows[1:]:
+        assert row["reached"] == (row["kl"] <= rows[0]["kl"]) and row["pairs"] <= rows[0]["pairs"]
+        assert row["steps"] <= 5 and row["processor_s"] > 0
+
+
+def test_a_mask_that_does_not_fit_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkscope.pairs.mask._free_memory", lambda: 1000)
+    whole = bench._whole_mask(world)
+    assert "wall_s" not in whole and "151 x 151 x 2" in whole["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["--size", "huge"], "--size"), (["--json", "nowhere/a.json"], "--json nowhere/a.json: nowhere does not exist")],
+)
+def test_a_slip_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["bench", "speed", *argv])
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+    with pytest.raises(UserError, match="--size vast: choose small, medium, large"):
+        report.bench_speed("vast", None)
