@@ -108,11 +108,11 @@ def blocked(
     size = max(size, n_each * length)
     work = q_BTNH.new_empty(9, size)  # kept: fresh pages for each block would take as long as its products
     kl_3 = q_BTNH.new_zeros(3)
-    grad_q, grad_k = torch.empty_like(q_hat_BTNH), torch.empty_like(k_hat_BTGH)
+    grad_q, grad_k = torch.empty_like(q_hat_BTNH), torch.zeros_like(k_hat_BTGH)
     for b in range(len(q_BTNH)):
         q, q_hat = (y[b].transpose(0, 1).unflatten(0, (n_groups, n_each)).contiguous() for y in (q_BTNH, q_hat_BTNH))
         k, k_hat = (y[b].transpose(0, 1).contiguous() for y in (k_BTGH, k_hat_BTGH))
-        to_q, to_k = torch.empty_like(q_hat), torch.zeros_like(k_hat)
+        to_q, to_k = grad_q[b].transpose(0, 1).unflatten(0, (n_groups, n_each)), grad_k[b].transpose(0, 1)
         for heads, queries, keys, hull, mask in _blocks(visible_BQK[b % len(visible_BQK)], n_groups, n_each, size):
             true_q, hat_q = (y[heads, :, queries].flatten(1, 2) for y in (q, q_hat))
             true_k, hat_k = k[heads, keys], k_hat[heads, keys]
@@ -142,7 +142,6 @@ def blocked(
             found = torch.bmm(both.mT, hat_q * weight_R1)
             torch.baddbmm(found, key_only.mT, true_q * weight_R1, beta=parts[0], alpha=parts[2], out=found)
             to_k[heads, keys] += found
-        grad_q[b], grad_k[b] = to_q.flatten(0, 1).transpose(0, 1), to_k.transpose(0, 1)
     return (kl_3, grad_q, grad_k) if gradients else (kl_3, None, None)
 
 

@@ -1,10 +1,10 @@
 """The three pattern KLs of pattern_kl.py as Triton kernels, in the manner of flash attention.
 
 Three passes, none of which leaves a [Q, K] in memory. The first goes over the keys of a block of queries and keeps,
-online, each row's maximum, its sum of exponentials and Σ_j P_j ŝ_j; from these follow the KLs and the logarithms of the
-sums. The second goes over the same keys again for the gradient of the queries, the third over the queries (of all heads
-that share a key head) of a block of keys for that of the keys. Where a block starts and ends follows from its mask, so
-that a causal one halves the work. No atomic additions: the same input gives the same bits.
+online, each row's maximum, its sum of exponentials and Σ_j P_j (s_j - ŝ_j); from these follow the KLs and the
+logarithms of the sums. The second goes over the same keys again for the gradient of the queries, the third over the
+queries (of all heads that share a key head) of a block of keys for that of the keys. Where a block starts and ends
+follows from its mask, so that a causal one halves the work. No atomic additions: the same input gives the same bits.
 
 Products are those of float32 (three of TF32), or TF32 where `torch.set_float32_matmul_precision` allows it; all else is
 float32. Head widths are filled up with zeros to a power of two. With TRITON_INTERPRET=1 the kernels run on a CPU.
@@ -95,13 +95,11 @@ def _sums(
     hat_q = _rows(q_hat, b, n, queries, length, n_heads, H, WIDE)
     top = tl.full([BQ], MASKED, tl.float32)
     total = tl.zeros([BQ], tl.float32)
-    agreed = tl.zeros([BQ], tl.float32)
     if SINK:  # a key that all four kinds see, with the same score
-        agreed += tl.load(sink + n)
-        top, total = agreed, total + 1.0
+        top, total = tl.zeros([BQ], tl.float32) + tl.load(sink + n), total + 1.0
     top_0, top_1, top_2, top_3 = top, top, top, top
     total_0, total_1, total_2, total_3 = total, total, total, total
-    agreed_0, agreed_1, agreed_2, agreed_3 = agreed, agreed, agreed, agreed
+    moved_1, moved_2, moved_3 = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)
     start, stop = _range(first, last, b_mask, queries, length)
     for at in range(start, stop, BK):
         keys = at + tl.arange(0, BK)
@@ -116,22 +114,20 @@ def _sums(
         top_1, total_1, _, _ = _add(s_1, top_1, total_1)
         top_2, total_2, _, _ = _add(s_2, top_2, total_2)
         top_3, total_3, _, _ = _add(s_3, top_3, total_3)
-        agreed_0 = agreed_0 * scale + tl.sum(e * s_0, 1)
-        agreed_1 = agreed_1 * scale + tl.sum(e * s_1, 1)
-        agreed_2 = agreed_2 * scale + tl.sum(e * s_2, 1)
-        agreed_3 = agreed_3 * scale + tl.sum(e * s_3, 1)
-    log_0, log_1 = top_0 + tl.log(total_0), top_1 + tl.log(total_1)
-    log_2, log_3 = top_2 + tl.log(total_2), top_3 + tl.log(total_3)
+        moved_1 = moved_1 * scale + tl.sum(e * (s_0 - s_1), 1)
+        moved_2 = moved_2 * scale + tl.sum(e * (s_0 - s_2), 1)
+        moved_3 = moved_3 * scale + tl.sum(e * (s_0 - s_3), 1)
     inside = queries < length
     each = tl.num_programs(1).to(tl.int64) * length
     place = tl.program_id(1).to(tl.int64) * length + queries
-    tl.store(log_sums + place, log_0, mask=inside)
-    tl.store(log_sums + each + place, log_1, mask=inside)
-    tl.store(log_sums + 2 * each + place, log_2, mask=inside)
-    tl.store(log_sums + 3 * each + place, log_3, mask=inside)
-    tl.store(kl + place, (agreed_0 - agreed_1) / total_0 - log_0 + log_1, mask=inside)
-    tl.store(kl + each + place, (agreed_0 - agreed_2) / total_0 - log_0 + log_2, mask=inside)
-    tl.store(kl + 2 * each + place, (agreed_0 - agreed_3) / total_0 - log_0 + log_3, mask=inside)
+    tl.store(log_sums + place, top_0 + tl.log(total_0), mask=inside)
+    tl.store(log_sums + each + place, top_1 + tl.log(total_1), mask=inside)
+    tl.store(log_sums + 2 * each + place, top_2 + tl.log(total_2), mask=inside)
+    tl.store(log_sums + 3 * each + place, top_3 + tl.log(total_3), mask=inside)
+    # Differences of maxima first: what large scores have in common cancels before it is rounded.
+    tl.store(kl + place, moved_1 / total_0 + (top_1 - top_0) + tl.log(total_1 / total_0), mask=inside)
+    tl.store(kl + each + place, moved_2 / total_0 + (top_2 - top_0) + tl.log(total_2 / total_0), mask=inside)
+    tl.store(kl + 2 * each + place, moved_3 / total_0 + (top_3 - top_0) + tl.log(total_3 / total_0), mask=inside)
 
 
 @triton.jit
