@@ -195,7 +195,7 @@ class SpeedCommand(Config):
     and beside the published procedure."""
 
     size: Literal["small", "medium", "large"] = "small"
-    """small: about three minutes on two cores. medium and large: wider and longer, meant for a GPU."""
+    """small: a few minutes on two cores. medium and large: wider and longer, meant for a GPU."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure here too."""
 

@@ -22,8 +22,8 @@ from qkscope.evaluate.speed.work import Work, adam, product, seen_share, sparse
 from qkscope.evaluate.speed.world import SIZES, Size, World, job_of
 
 TINY = Size(
-    context=24, width=150, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, heads=2, model_layers=4,
-    vocabulary=200, repeats=2, mask_steps=5,
+    context=24, width=150, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, judged_tokens=48,
+    heads=2, model_layers=4, vocabulary=200, repeats=2, mask_steps=5,
 )  # fmt: skip
 CPU = torch.device("cpu")
 

@@ -137,20 +137,23 @@ def step1_ways(world: World) -> dict[str, Way]:
 def pair_ways(world: World) -> dict[str, Way]:
     """All that follows step 1, on dictionaries of the whole width; the masks on as many features as lived."""
     size, device = world.size, world.device
-    width, dense, n, n_sample = (size.width, size.width), device.type != "cpu", size.step_tokens, size.sampled_tokens
+    width, dense, n = (size.width, size.width), device.type != "cpu", size.step_tokens
+    n_sample, n_judged = size.whole(size.sample_tokens), size.whole(size.judged_tokens)
     bench, statistics = world.workbench(n_sample), world.statistics()[-1]
     job = job_of(world.last.layer, statistics, "default", width, size.k).eval()
     for side in (job.query, job.key):
         side.calibrate(statistics["query"].x_nD)
     pairs, worth = rank_pairs(bench.sample, job.query, job.key, size.pairs)
     used = sum(len(columns) for columns, _ in pairs.key_columns) / size.heads
-    step_shape, sample_shape = (shape_of(size, width, len(pairs), used, tokens) for tokens in (n, n_sample))
+    step_shape, sample_shape, judged_shape = (
+        shape_of(size, width, len(pairs), used, tokens) for tokens in (n, n_sample, n_judged)
+    )
     stream = RandomText(world, [world.last], n)
     refitted, tuned = (bench.map_job(name, job, pairs, tuned=name == "tune") for name in ("refit", "tune"))
     tuned.keep(torch.arange(len(pairs), device=device))  # as a run does: features without a pair go
     tuned_shape = shape_of(size, (tuned.query.width, tuned.key.width), len(pairs), used)
     firing = [len(features) for features in firing_features(bench.sample, job.query, job.key)]
-    dec, batch = bench.decomposition(bench.map_job("map", job, pairs)), world.text(n_sample)
+    dec, batch = bench.decomposition(bench.map_job("map", job, pairs)), world.text(n_judged)
 
     few = job_of(world.last.layer, statistics, "seed", size.live, size.k)
     plain = published.Mask(world.last, *_sides(few, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
@@ -174,7 +177,7 @@ def pair_ways(world: World) -> dict[str, Way]:
         THEIR_MASK: Way(lambda: plain.step(world.text(n).tokens_BT), n, work.published_mask(few_shape)),
         "evaluation": Way(
             lambda: _evaluate(dec, world, batch, bench.sample),
-            n_sample, work.evaluation(sample_shape, size.vocabulary, VARIANTS, len(CURVE)),
+            n_judged, work.evaluation(judged_shape, size.vocabulary, VARIANTS, len(CURVE)),
         ),
     }  # fmt: skip
 

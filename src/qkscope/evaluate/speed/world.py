@@ -43,7 +43,9 @@ class Size:
     live: tuple[int, int] = (270, 466)
     """Query and key features that masks are over: those that lived at layer 10 of the published run."""
     sample_tokens: int = 2048
-    """Tokens of ranking, selection and evaluation."""
+    """Tokens of ranking and selection."""
+    judged_tokens: int = 512
+    """Tokens of the evaluation."""
     heads: int = 12
     model_layers: int = 4
     vocabulary: int = 50_257
@@ -53,23 +55,23 @@ class Size:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step, as whole sequences."""
-        return max(self.batch_tokens // self.context, 1) * self.context
+        """Tokens of a step."""
+        return self.whole(self.batch_tokens)
 
-    @property
-    def sampled_tokens(self) -> int:
-        return max(self.sample_tokens // self.context, 1) * self.context
+    def whole(self, tokens: int) -> int:
+        """As many tokens as whole sequences have, at least one."""
+        return max(tokens // self.context, 1) * self.context
 
 
 SIZES = {
     "small": Size(),
     "medium": Size(
         context=1024, width=24_576, k=32, batch_tokens=8192, pairs=100_000, live=(2400, 2400), sample_tokens=8192,
-        model_layers=12, mask_steps=600,
+        judged_tokens=2048, model_layers=12, mask_steps=600,
     ),
     "large": Size(
         context=4096, width=24_576, k=32, batch_tokens=16_384, pairs=100_000, live=(2400, 2400), sample_tokens=16_384,
-        model_layers=12, mask_steps=600,
+        judged_tokens=8192, model_layers=12, mask_steps=600,
     ),
 }  # fmt: skip
 
@@ -104,7 +106,7 @@ class World:
 
     def text(self, tokens: int) -> Batch:
         """Random sequences of the size's context, at least one."""
-        n = max(tokens // self.size.context, 1)
+        n = self.size.whole(tokens) // self.size.context
         drawn = torch.multinomial(self.frequency, n * self.size.context, replacement=True, generator=self.generator)
         tokens_BT = drawn.view(n, self.size.context)
         number = torch.arange(n)
