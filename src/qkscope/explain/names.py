@@ -1,7 +1,10 @@
 """What to call a feature, from what its layer's folder holds: the label that it is known to predict, or its tokens.
 
 A label (truth.json, embedded corpus only) names a feature from an F1 of `NAMED` on; other features are called by the
-tokens that their strongest examples have in the middle (examples.parquet), the most common first.
+tokens that their strongest examples have in the middle (examples.parquet), the most common first. Those are counted
+when a feature is asked for: a layer may have a hundred thousand.
+
+Shapes: R examples.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..evaluate.stored import Layer, read
@@ -35,7 +40,12 @@ class FeatureNames:
 
     def tokens(self, side: str, feature: int) -> dict[str, float]:
         """Tokens in the middle of the feature's examples, each with its share of them."""
-        return self._tokens.get((side, feature), {})
+        if side not in self._middles:
+            return {}
+        feature_R, code_R, texts = self._middles[side]
+        low, high = np.searchsorted(feature_R, [feature, feature + 1])
+        counts = Counter(code_R[low:high].tolist())
+        return {texts[code]: n / counts.total() for code, n in counts.items()}
 
     def of(self, side: str, feature: int) -> str:
         """The feature and its name, such as `q12 name_again` or `k7 “␣Tom”, “␣Ann”`."""
@@ -67,25 +77,37 @@ class FeatureNames:
         return " / ".join(name for name in _first(labels, 2) if labels[name] >= max(labels.values()) / 2) or "unnamed"
 
     @cached_property
-    def _tokens(self) -> dict[tuple[str, int], dict[str, float]]:
+    def _middles(self) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+        """By side, of the strongest examples: feature (rising) and middle token's code, [R] each; the codes' texts."""
         path = self._layer.folder / "examples.parquet"
         table = read(path, _strongest)
         if table is None:
             return {}
-        lists = table["tokens"].combine_chunks()
-        middle = lists.values.take(pa.array(lists.offsets.to_numpy()[:-1] + table["center"].to_numpy()))
-        found: dict[tuple[str, int], Counter[str]] = {}
-        for side, feature, token in zip(
-            *(c.to_pylist() for c in (table["side"], table["feature"], middle)), strict=True
-        ):
-            found.setdefault((side, feature), Counter())[token] += 1
-        return {key: {token: n / c.total() for token, n in c.items()} for key, c in found.items()}
+        coded = table["middle"].combine_chunks().dictionary_encode()
+        texts, code_R = coded.dictionary.to_pylist(), coded.indices.to_numpy()
+        query_R, feature_R = table["query"].to_numpy(), table["feature"].to_numpy()
+        found = {}
+        for side, here_R in (("query", query_R), ("key", ~query_R)):
+            order = np.argsort(feature_R[here_R], kind="stable")
+            found[side] = feature_R[here_R][order], code_R[here_R][order], texts
+        return found
 
 
 def _strongest(path: Path) -> pa.Table:
-    ranged = "range" in pq.read_schema(path).names  # earlier artefacts have no others
-    only = [("range", "=", STRONGEST)] if ranged else None
-    return pq.read_table(path, columns=["side", "feature", "center", "tokens"], filters=only)
+    """Side, feature and middle token of the strongest examples, [R]; read in parts, as the whole may be large."""
+    file = pq.ParquetFile(path)
+    ranged = "range" in file.schema_arrow.names  # earlier artefacts have no others
+    columns = ["side", "feature", "center", "tokens", *(["range"] if ranged else [])]
+    parts = []
+    for batch in file.iter_batches(columns=columns):
+        rows = batch.filter(pc.field("range") == STRONGEST) if ranged else batch
+        lists = rows["tokens"]
+        starts = lists.offsets.to_numpy()[:-1] - lists.offsets[0].as_py()
+        middle = lists.flatten().take(pa.array(starts + rows["center"].to_numpy()))
+        query = pc.call_function("equal", [rows["side"], "query"])
+        parts.append({"query": query, "feature": rows["feature"], "middle": middle})
+    kinds = pa.schema({"query": pa.bool_(), "feature": pa.int32(), "middle": pa.string()})
+    return pa.Table.from_batches([pa.record_batch(part, schema=kinds) for part in parts], kinds)
 
 
 def _first(shares: dict[str, float], count: int) -> list[str]:
