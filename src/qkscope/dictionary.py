@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .config import Activation
 from .norm import Norm
 
@@ -96,8 +97,8 @@ class SparseTranscoder(nn.Module):
         if self.activation == "jumprelu":
             return _JumpReLU.apply(acts, self.threshold, norms)  # type: ignore[return-value]
         if self.training:
-            count = min(max(round(self.k * len(sizes)), 1), sizes.numel())
-            cut = sizes.flatten().kthvalue(sizes.numel() - count + 1).values
+            n_tokens = parallel.count(len(sizes))
+            cut = parallel.kth_largest(sizes, min(max(round(self.k * n_tokens), 1), n_tokens * self.width))
             self._follow(cut)
             return acts * ((sizes >= cut) & (sizes > 0))
         return acts * (sizes > self.threshold)
@@ -147,7 +148,8 @@ class SparseTranscoder(nn.Module):
     def l0_gap(self, pre_nF: Tensor) -> Tensor:
         """(L0/k - 1)², differentiable in JumpReLU's thresholds only."""
         sizes = pre_nF.detach().relu() * self.norms()
-        return (_Step.apply(sizes, self.threshold).sum(-1).mean() / self.k - 1) ** 2  # type: ignore[union-attr]
+        l0 = parallel.mean(_Step.apply(sizes, self.threshold).sum(-1).mean())  # type: ignore[union-attr]
+        return (l0 / self.k - 1) ** 2
 
 
 def _nearness(sizes: Tensor, threshold: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..config import TrainingConfig
 from ..errors import UserError
 from ..files import disk_errors
@@ -83,7 +84,8 @@ def train(
         tensors, at = saved
         for job in jobs:
             checkpoint.restore_job(job, tensors)
-        stream.restore(at.text)
+        if at.text:
+            stream.restore(at.text)
     else:
         at.logs = logs.lengths()
     optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
@@ -92,12 +94,14 @@ def train(
             checkpoint.restore_optimizer(optimizer, job, saved[0])
     logs.cut(at.logs)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    sums: dict[str, dict[str, Tensor]] = {}
+    leads = parallel.rank() == 0
+    sums: dict[str, dict[str, Any]] = {}
     counted, since, clock = 0, at.tokens, time.monotonic()
 
     def keep() -> None:
         at.text, at.logs = stream.state(), logs.lengths()
-        checkpoint.save(checkpoint_path, jobs, optimizers, at)
+        if leads:
+            checkpoint.save(checkpoint_path, jobs, optimizers, at)
 
     while at.tokens < tokens:
         batch = next(stream)
@@ -105,20 +109,21 @@ def train(
         for layer, seen in batch.layers.items():
             require_finite(seen, layer, batch.origin, at.step)
             target = PatternTarget(seen)
-            for job, optimizer in zip(jobs, optimizers, strict=True):
-                if job.layer == layer:
-                    job.before_step(at.tokens / tokens)
-                    log = _update(job, optimizer, target, factor, autocast, at.step)
-                    totals = sums.setdefault(job.name, {})
-                    for key, value in log.items():
-                        totals[key] = totals.get(key, 0) + value
+            with parallel.divided(target.n_tokens, batch.n_tokens):
+                for job, optimizer in zip(jobs, optimizers, strict=True):
+                    if job.layer == layer:
+                        job.before_step(at.tokens / tokens)
+                        log = _update(job, optimizer, target, factor, autocast, at.step)
+                        totals = sums.setdefault(job.name, {})
+                        for key, value in log.items():
+                            totals[key] = totals.get(key, 0) + value
         at.step += 1
         at.tokens += batch.n_tokens
         counted += 1
         ended = at.tokens >= tokens
         if at.step % config.log_steps == 0 or ended:
             speed = (at.tokens - since) / max(time.monotonic() - clock, 1e-9)
-            for name, totals in sums.items():
+            for name, totals in sums.items() if leads else ():
                 means = {key: float(value) / counted for key, value in totals.items()}
                 line = {"phase": phase, "step": at.step, "tokens": at.tokens, **means, "tokens_per_s": round(speed)}
                 logs.write(name, line)
@@ -140,17 +145,19 @@ def _update(
     factor: float,
     autocast: torch.autocast,
     step: int,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     optimizer.zero_grad(set_to_none=True)
     loss, log = job.loss(target, autocast)
-    if not torch.isfinite(loss.detach()):
+    loss.backward(torch.full_like(loss, parallel.share()))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    log = parallel.sum_gradients(parameters, {"loss": loss.detach(), **log})
+    if not torch.isfinite(log["loss"]):
         raise UserError(
-            f"{job.name}: the loss is {loss.item()} at step {step}; lower the learning rate "
+            f"{job.name}: the loss is {log['loss'].item()} at step {step}; lower the learning rate "
             "(the last checkpoint is kept)"
         )
-    loss.backward()
     optimizer.step()
     job.after_step()
-    return {"loss": loss.detach(), **log}
+    return log
