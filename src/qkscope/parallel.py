@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Gone(Exception):
     """Another process has ended."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """The processes of a run."""
 
@@ -51,6 +52,8 @@ class World:
     """Words by name that all processes can read and set, also while none of them listens."""
     rank: int
     size: int
+    dismissed: bool = False
+    """Whether the first process has said that nothing more is to be done together."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Division:
 
 
 _world: World | None = None
+_joined = 0  # how often: each time has its own words in the store
 _division: Division | None = None
 
 
@@ -96,6 +100,9 @@ def joined() -> Iterator[None]:
         raise
     except Gone:
         raise UserError(_reason(world)) from None
+    except SystemExit:  # --help
+        leave()
+        raise
     leave()
 
 
@@ -103,11 +110,18 @@ def _started_together() -> bool:
     return all(name in os.environ for name in NEEDED) and os.environ["WORLD_SIZE"] != "1"
 
 
-def _join() -> World:
-    global _world
+@cache
+def _meeting() -> tuple[Any, int, int]:
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
-    store, rank, size = next(rendezvous("env://"))
+    return next(rendezvous("env://"))
+
+
+def _join() -> World:
+    global _world, _joined
+    store, rank, size = _meeting()
+    _joined += 1
+    store = dist.PrefixStore(f"run {_joined}", store)
     # Messages lie in main memory, gradients where they are made.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
@@ -116,7 +130,7 @@ def _join() -> World:
 
 
 def leave() -> None:
-    """Go on alone: the first process tells the others that nothing more is to be done together.
+    """Go on alone, once the first process is here too: it tells the others that nothing more is to be done together.
 
     After a failure nobody leaves; a process's end is what the others notice.
     """
@@ -125,6 +139,8 @@ def leave() -> None:
         return
     if _world.rank == 0:
         send(None)
+    while _world.rank > 0 and not _world.dismissed:
+        receive()
     dist.destroy_process_group()
     _world = None
 
@@ -169,8 +185,11 @@ def send(value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
 
 
 def receive() -> tuple[Any, dict[str, Tensor]]:
-    """What the first process sends; tensors are in main memory."""
-    return json.loads(_broadcast(None)), load(_broadcast(None))
+    """What the first process sends, tensors in main memory; None at the end (`leave`)."""
+    value, tensors = json.loads(_broadcast(None)), load(_broadcast(None))
+    if _world is not None and value is None:
+        _world.dismissed = True
+    return value, tensors
 
 
 @contextmanager

@@ -89,7 +89,8 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         trained = _has_all(finished, TRAINED)  # a lost report is no lost training
         if not trained:
             parallel.send({"config": plain(config), "device": device.type})
-        reporter.message(f"loading {config.model}")
+        together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
+        reporter.message(f"loading {config.model}{together}")
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
         check_text(config.data, tokenizer)
         sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=_given(config))
@@ -158,6 +159,8 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # else every process would hold some memory of the first GPU
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"--training.device {name}: cannot be used here ({reason}); choose cpu or auto") from None
