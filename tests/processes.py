@@ -23,7 +23,8 @@ def start(size: int, work: Callable[..., Any], folder: Path, *args: Any) -> list
 
     What each says on standard error is in the folder's `0.err`, `1.err` ...; what it returns in `0.pt`, `1.pt` ...
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+    # As torchrun's agent has one.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     children = [_server.Process(target=_child, args=(r, size, store.port, work, folder, args)) for r in range(size)]
     for child in children:
         child.start()

@@ -98,8 +98,8 @@ def joined() -> Iterator[None]:
         where = f" (process {world.rank}, on {socket.gethostname()})" if world.rank else ""
         world.store.compare_set("reason", "", f"{error}{where}")
         raise
-    except Gone:
-        raise UserError(_reason(world)) from None
+    except Gone as gone:
+        raise UserError(_reason(world)) from gone
     except SystemExit:  # --help
         leave()
         raise
@@ -121,7 +121,7 @@ def _join() -> World:
     global _world, _joined
     store, rank, size = _meeting()
     _joined += 1
-    store = dist.PrefixStore(f"run {_joined}", store)
+    store = dist.PrefixStore(f"run {_joined}", store)  # pyright: ignore[reportPrivateImportUsage]
     # Messages lie in main memory, gradients where they are made.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
@@ -132,7 +132,7 @@ def _join() -> World:
 def leave() -> None:
     """Go on alone, once the first process is here too: it tells the others that nothing more is to be done together.
 
-    After a failure nobody leaves; a process's end is what the others notice.
+    After a failure nobody leaves, for that may wait for one that is gone; a process's end is what the others notice.
     """
     global _world
     if _world is None:
@@ -205,13 +205,9 @@ def _broadcast(data: bytes | None) -> bytes:
     with _heard():
         length = torch.tensor([len(data or b"")])
         dist.broadcast(length, 0)
-        content = torch.empty(int(length), dtype=torch.uint8) if data is None else _tensor(data)
-        dist.broadcast(content, 0)
-    return content.numpy().tobytes()
-
-
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        content = bytearray(int(length)) if data is None else bytearray(data)
+        dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), 0)
+    return bytes(content)
 
 
 def total(values: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # else every process would hold some memory of the first GPU
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]

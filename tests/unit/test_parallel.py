@@ -77,8 +77,8 @@ def rows_here(inputs: AttentionInputs) -> AttentionInputs:
         rule = replace(rule, rotary=replace(table, cos_BTH=table.cos_BTH[here], sin_BTH=table.sin_BTH[here]))
     if len(rule.visible_BQK) > 1:
         rule = replace(rule, visible_BQK=rule.visible_BQK[here])
-    values = (t[here] for t in (inputs.x_BTD, inputs.q_BTNH, inputs.k_BTGH))
-    return AttentionInputs(*values, rule, inputs.real_BT[here])
+    x, q, k, real = (t[here] for t in (inputs.x_BTD, inputs.q_BTNH, inputs.k_BTGH, inputs.real_BT))
+    return AttentionInputs(x, q, k, rule, real)
 
 
 def steps(kind: str, layer: str) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ def train(
         tensors, at = saved
         for job in jobs:
             checkpoint.restore_job(job, tensors)
-        if at.text:
+        if at.text:  # else it is where another process begins
             stream.restore(at.text)
     else:
         at.logs = logs.lengths()
