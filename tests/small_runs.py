@@ -162,7 +162,7 @@ Moment = tuple[str, str, int]
 """An audit event ("open" to append, "os.rename", "os.remove"), how its file's name ends, and which of those it is."""
 
 
-def _die_at(moment: Moment) -> None:
+def die_at(moment: Moment) -> None:
     wanted, ending, left = moment
 
     def hook(event: str, args: tuple) -> None:
@@ -180,7 +180,7 @@ def _die_at(moment: Moment) -> None:
 def _child(words: list[str], moment: Moment) -> None:
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    _die_at(moment)
+    die_at(moment)
     finish(words)
 
 

@@ -212,12 +212,21 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _dispatch(argv)
     except UserError as error:
-        print(f"qkscope: {error}", file=sys.stderr)
+        _complain(f"qkscope: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         again = "" if argv[:1] == ["bench"] else "; give the same command again to go on"
-        print(f"qkscope: interrupted{again}", file=sys.stderr)
+        _complain(f"qkscope: interrupted{again}")
         raise SystemExit(130) from None
+
+
+def _complain(line: str) -> None:
+    """On standard error; once, where several processes were started together."""
+    parallel = sys.modules.get("qkscope.parallel")  # not imported for a slip in the options: it waits for torch
+    if parallel is None:
+        print(line, file=sys.stderr)
+    else:
+        parallel.complain(line)
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -275,12 +284,17 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    from .pipeline import run
+    from . import parallel
+    from .pipeline import follow, run
 
-    values = _config_file(argv)
-    chosen = _parse(RunCommand, argv, "qkscope run", values)
-    config = build(chosen.model_dump(exclude={"out", "config"}))
-    run(config, chosen.out)
+    with parallel.joined():
+        if parallel.rank() > 0:  # the first process reads the options
+            follow()
+            return
+        values = _config_file(argv)
+        chosen = _parse(RunCommand, argv, "qkscope run", values)
+        config = build(chosen.model_dump(exclude={"out", "config"}))
+        run(config, chosen.out)
 
 
 def _bench(argv: list[str]) -> None:

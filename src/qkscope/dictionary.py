@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .config import Activation
 from .kernels.mostly_zero import acts_product, pre_product
 from .norm import Norm
@@ -101,14 +102,14 @@ class SparseTranscoder(nn.Module):
         if self.activation == "jumprelu":
             return _JumpReLU.apply(acts, self.threshold, norms)  # type: ignore[return-value]
         if self.training:
-            cut = kth_largest(sizes, self._chosen(sizes), self.threshold[0])
+            cut = parallel.kth_largest(sizes, self._chosen(parallel.count(len(sizes))), self.threshold[0])
             self._follow(cut)
             return acts.masked_fill(sizes < cut, 0)
         return acts * (sizes > self.threshold)
 
-    def _chosen(self, sizes_nF: Tensor) -> int:
-        """How many features BatchTopK chooses over all these tokens."""
-        return min(max(round(self.k * len(sizes_nF)), 1), sizes_nF.numel())
+    def _chosen(self, n_tokens: int) -> int:
+        """How many features BatchTopK chooses over so many tokens."""
+        return min(max(round(self.k * n_tokens), 1), n_tokens * self.width)
 
     @torch.no_grad()
     def reach(self, pre_nF: Tensor, acts_nF: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class SparseTranscoder(nn.Module):
         cuts = []
         for x in x_nD.split(CALIBRATION_TOKENS):
             sizes = self.pre(x).relu() * self.norms()
-            cuts.append(kth_largest(sizes, self._chosen(sizes), self.threshold[0]) * len(x))
+            cuts.append(parallel.kth_largest(sizes, self._chosen(len(x)), self.threshold[0]) * len(x))
         self.threshold.fill_(torch.stack(cuts).sum() / len(x_nD))
 
     def decode(self, acts_nF: Tensor) -> Tensor:
@@ -156,20 +157,8 @@ class SparseTranscoder(nn.Module):
     def l0_gap(self, pre_nF: Tensor) -> Tensor:
         """(L0/k - 1)², differentiable in JumpReLU's thresholds only."""
         sizes = pre_nF.detach().relu() * self.norms()
-        return (_Step.apply(sizes, self.threshold).sum(-1).mean() / self.k - 1) ** 2  # type: ignore[union-attr]
-
-
-def kth_largest(sizes: Tensor, count: int, guess: Tensor) -> Tensor:
-    """The `count`-th largest entry.
-
-    Sorting all of a batch's sizes for it takes as long as two products with the dictionary, so on a CPU those under
-    half of `guess` are left out first, wherever enough are left.
-    """
-    if sizes.device.type == "cpu" and guess > 0:
-        largest = sizes[sizes > guess / 2]
-        if len(largest) >= count:
-            return largest.kthvalue(len(largest) - count + 1).values
-    return sizes.flatten().kthvalue(sizes.numel() - count + 1).values
+        l0 = parallel.mean(_Step.apply(sizes, self.threshold).sum(-1).mean())  # type: ignore[union-attr]
+        return (l0 / self.k - 1) ** 2
 
 
 def _nearness(sizes: Tensor, threshold: Tensor) -> Tensor:

@@ -6,24 +6,26 @@ that checkpoint, so the same command after a kill at any moment goes on and ends
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .attention import open_sites
-from .config import RunConfig, with_method
+from . import parallel
+from .attention import AttentionSite, open_sites
+from .config import RunConfig, build, with_method
 from .data import check_text
 from .decomposition import Decomposition
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
 from .evaluate.run import evaluate_run
 from .files import remove_leftovers
-from .foreign.carry import given_dictionaries
+from .foreign.carry import Sides, given_dictionaries
 from .models import load_model
 from .progress import Reporter
-from .run_folder import claimed, layer_folder, recorded, require_same, variants, write_config
+from .run_folder import claimed, layer_folder, plain, recorded, require_same, variants, write_config
 from .runner import Runner
 from .target import require_target
 
@@ -50,8 +52,27 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     """Decompose `config.layers` of `config.model` into the folder `out`, or go on with the run that is there.
 
     Raises `UserError` for anything a person got wrong, before anything is written.
+
+    In one of several processes that were started together (parallel.py), the first does this and the others take part.
     """
-    out = Path(out)
+    with parallel.joined():
+        return _lead(config, Path(out), quiet) if parallel.rank() == 0 else Run(Path(out), follow() or config)
+
+
+def follow() -> RunConfig | None:
+    """Take part in the run that the first process leads; its configuration, or None where nothing is left to train."""
+    told, _ = parallel.receive()
+    if told is None:
+        return None
+    config = build(told["config"])
+    device = _device(parallel.device_name(told["device"]))
+    model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
+    sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=_given(config))
+    Runner(config, variants(config), Path(), sites, _features(config, sites), Reporter(quiet=True)).follow()
+    return config
+
+
+def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
     with claimed(out), Reporter(quiet) as reporter:
         config = with_method(with_defaults(config))
         names = variants(config)
@@ -64,16 +85,18 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
             return finished
         _require_values(config)
         device = "cuda" if config.training.device == "auto" and torch.cuda.is_available() else config.training.device
-        device = _device("cpu" if device == "auto" else device)
-        reporter.message(f"loading {config.model}")
+        device = _device(parallel.device_name("cpu" if device == "auto" else device))
+        trained = _has_all(finished, TRAINED)  # a lost report is no lost training
+        if not trained:
+            parallel.send({"config": plain(config), "device": device.type})
+        together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
+        reporter.message(f"loading {config.model}{together}")
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
         check_text(config.data, tokenizer)
-        given = config.dictionary.features is not None
-        sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=given)
+        sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=_given(config))
         _require_context(config, model)
         require_target(config, names.values(), sites)
-        trained = _has_all(finished, TRAINED)  # a lost report is no lost training
-        features = {s.layer: given_dictionaries(config.dictionary, s) for s in sites if given and not trained}
+        features = {} if trained else _features(config, sites)
         runner = Runner(config, names, out, sites, features, reporter)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
         for layer, (query, _) in features.items():
@@ -83,10 +106,20 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
                 write_config(out / name, single, shapes, str(device))
         if not trained:
             runner.train()
+        parallel.leave()  # what is left to do takes one process
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
         (out / "checkpoint.safetensors").unlink(missing_ok=True)
         reporter.message(f"report: {out / 'report.html'}")
     return finished
+
+
+def _given(config: RunConfig) -> bool:
+    return config.dictionary.features is not None
+
+
+def _features(config: RunConfig, sites: Sequence[AttentionSite]) -> dict[int, Sides]:
+    """The features that are given, by layer; none where dictionaries are trained."""
+    return {s.layer: given_dictionaries(config.dictionary, s) for s in sites if _given(config)}
 
 
 def _has_all(run: Run, names: tuple[str, ...]) -> bool:
@@ -108,6 +141,12 @@ def _require_values(config: RunConfig) -> None:
         raise UserError(
             "--data.source is missing; name a .txt, .jsonl or .parquet file, a Hugging Face dataset, or embedded"
         )
+    tokens, least = config.training.batch_tokens, parallel.size() * config.data.context
+    if parallel.size() > 1 and tokens < least:
+        raise UserError(
+            f"--training.batch-tokens {tokens}: holds too few sequences of {config.data.context} tokens for "
+            f"{parallel.size()} processes; give {least:,} or more, or start fewer processes"
+        )
 
 
 def _require_context(config: RunConfig, model: Any) -> None:
@@ -120,6 +159,8 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # else every process would hold some memory of the first GPU
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"--training.device {name}: cannot be used here ({reason}); choose cpu or auto") from None

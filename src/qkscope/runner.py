@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import parallel
 from .attention import AttentionInputs, AttentionSite
 from .config import RunConfig
 from .data import Batch, Sequences
 from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
+from .dictionary import SparseTranscoder
 from .foreign.carry import Sides, in_brief
 from .pairs.importance import firing_features, pair_importance, rank_pairs
 from .pairs.mask import MaskJob, require_memory, shortfall
@@ -29,6 +32,7 @@ from .progress import Reporter
 from .run_folder import layer_folder
 from .target import Bounds, Cost, bounds_of, cost_of, step1_kl
 from .training import checkpoint
+from .training.checkpoint import Progress
 from .training.job import Job
 from .training.loop import Logs, train
 from .training.start import label_seed, side_statistics, start
@@ -143,9 +147,22 @@ class Runner:
 
     def _fit(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
         """Train one phase; `saved` is a checkpoint of this phase to go on from."""
-        logs = Logs({j.name: self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step)
+        notes = {
+            "seconds": self.seconds,
+            "stopped": list(stopped),
+            "k": {j.name: [j.query.k, j.key.k] for j in jobs},
+        }
+        steered = {j.name: j.steering.kl for j in jobs if isinstance(j, Step1Job) and j.steering}
+        tensors, fresh = saved or (checkpoint.tensors_of(jobs), Progress(phase, notes=notes))
+        parallel.send({"at": asdict(fresh), "tokens": tokens, "steered": steered}, tensors)
         began = time.monotonic()
-        at = train(
+        at = self._train(phase, jobs, tokens, saved, notes)
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - began, 1)
+        if at.text.get("epoch"):
+            self.reporter.message(f"{phase}: the training text was repeated {at.text['epoch']} times")
+
+    def _train(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, notes: dict[str, Any]) -> Progress:
+        return train(
             phase,
             jobs,
             ModelStream(self.sites, self.text("train", repeat=True, order=phase)),
@@ -153,18 +170,40 @@ class Runner:
             self.config.training,
             saved=saved,
             checkpoint_path=self.checkpoint_path,
-            logs=logs,
-            notes={
-                "seconds": self.seconds,
-                "stopped": list(stopped),
-                "k": {j.name: [j.query.k, j.key.k] for j in jobs},
-            },
+            logs=Logs({j.name: self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step),
+            notes=notes,
         )
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - began, 1)
-        if at.text.get("epoch"):
-            self.reporter.message(f"{phase}: the training text was repeated {at.text['epoch']} times")
+
+    def follow(self) -> None:
+        """Take part in the trainings that the first process leads, from what it sends before each."""
+        while (told := parallel.receive())[0] is not None:
+            message, tensors = told
+            at = Progress(**message["at"])
+            jobs: list[Any] = [job for job in self._blank_jobs() if f"{job.name}|query.W_enc" in tensors]
+            for job in jobs:
+                job.query.k, job.key.k = at.notes["k"][job.name]
+                if job.name in message["steered"]:
+                    job.steering = Steering(message["steered"][job.name], self.config.training)
+            if at.phase != "step1":
+                jobs = [self._empty_job(job) for job in jobs]
+            self._train(at.phase, jobs, message["tokens"], (tensors, at), {})
 
     # Jobs
+
+    def _blank_jobs(self) -> list[Any]:
+        """Step 1's jobs, or the given features', in the first process's order; for what it sends to fill."""
+        if self.given:
+            return [Job(layer, "", *sides) for layer, sides in self.given.items()]
+        jobs = []
+        for site in self.sites:
+            d, n, g, h = (site.shape[name] for name in "DNGH")
+            for name, single in self.names.items():
+                config = single.dictionary
+                assert config.activation is not None
+                query = SparseTranscoder(d, config.width, n * h, config.activation, config.k)
+                key = SparseTranscoder(d, config.key_width, g * h, config.activation, config.key_k)
+                jobs.append(Step1Job(site.layer, name, config, query, key).to(self.device))
+        return jobs
 
     def _folder(self, job: Job) -> Path:
         return layer_folder(self.out / job.variant, job.layer)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from layers import LAYERS, OFF, close, some_inputs
 from torch import Tensor
 
+from qkscope import parallel
 from qkscope.config import Activation, DictionaryConfig, TrainingConfig
-from qkscope.dictionary import SparseTranscoder, kth_largest
+from qkscope.dictionary import SparseTranscoder
 from qkscope.kernels import mostly_zero
 from qkscope.kernels.mostly_zero import SHARE, acts_product, pre_product
 from qkscope.training.objective import PatternTarget
@@ -83,7 +84,7 @@ def test_few_entries_take_the_short_way_and_many_the_dense_one(monkeypatch: pyte
 def test_the_kth_largest_is_that_whatever_the_guess(seed: int, n: int, data: st.DataObject, guess: float) -> None:
     sizes = drawn(1, n, seed=seed).relu()
     count = data.draw(st.integers(1, n))
-    found = kth_largest(sizes, count, torch.tensor(guess))
+    found = parallel.kth_largest(sizes, count, torch.tensor(guess))
     assert float(found) == sorted(sizes[0].tolist(), reverse=True)[count - 1]
 
 

@@ -58,10 +58,14 @@ class Batch:
             return self.offset_B[row_E] + at_E
         return (self.offset_B[row_E] + at_E - 1).masked_fill(at_E == 0, OPENING)
 
+    def rows(self, which: slice) -> Batch:
+        """Some of the sequences."""
+        rows = (t[which] for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))
+        return Batch(*rows, opened=self.opened)
+
     def first(self, count: int) -> Batch:
         """The first `count` sequences."""
-        rows = (t[:count] for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))
-        return Batch(*rows, opened=self.opened)
+        return self.rows(slice(count))
 
     def to(self, device: torch.device | str) -> Batch:
         moved = (t.to(device) for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))

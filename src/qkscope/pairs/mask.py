@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..dictionary import SparseTranscoder
 from ..errors import UserError
 from ..pattern import PatternRule
@@ -32,7 +33,8 @@ MEMINFO = Path("/proc/meminfo")
 def shortfall(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> str | None:
     """What training these masks (query and key features, bias included, and heads) takes, where that is not free."""
     sizes = [4 * math.prod(shape) for shape in shapes]
-    need = COPIES * sum(sizes) + AT_PEAK * max(sizes)
+    summed = max(sizes) if parallel.size() > 1 else 0  # gradients of all processes are added up in one piece
+    need = COPIES * sum(sizes) + AT_PEAK * max(sizes) + summed
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if need <= free:
         return None

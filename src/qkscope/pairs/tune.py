@@ -15,9 +15,12 @@ importance goes after each stage, be it the last, for its features have died or 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..dictionary import SparseTranscoder
 from ..pattern import PatternRule
 from ..training.job import Job
@@ -139,16 +142,16 @@ class MapJob(Job):
         """Whether ReLU activations are denser than the first batch's; the other activations hold L0 themselves."""
         if getattr(self, side).activation != "relu":
             return True
-        first, now = self.get_buffer(f"l0_{side}"), (acts_nF > 0).sum(-1).float().mean()
+        first, now = self.get_buffer(f"l0_{side}"), parallel.mean((acts_nF > 0).sum(-1).float().mean())
         if self.training and not bool(first):
             first.copy_(now)
         return bool(now > first)
 
-    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Any]]:
         """KL(P ‖ P(sparse map)) and the dictionaries' sparsity on one batch, and what to log of it."""
         kl_rows, acts, sparsity = self._through_map(target)
         kl = target.mean(kl_rows)
-        log = {"pattern_kl": kl.detach(), "pairs": torch.tensor(float(len(self.factor_P)))}
+        log = {"pattern_kl": kl.detach(), "pairs": float(len(self.factor_P))}
         for side in ("query", "key"):
             log[f"l0_{side}"] = (acts[side].detach() > 0).sum(-1).float().mean()
         return kl + sparsity, log

@@ -38,13 +38,16 @@ class Progress:
 
 
 def save(path: Path, jobs: Sequence[Job], optimizers: Sequence[torch.optim.Optimizer], at: Progress) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors = tensors_of(jobs)
     for job, optimizer in zip(jobs, optimizers, strict=True):
-        name = job.name
-        tensors |= {f"{name}|{key}": value for key, value in job.state_dict().items()}
         for index, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam|{name}|{index}|{key}": torch.as_tensor(v) for key, v in moments.items()}
+            tensors |= {f"adam|{job.name}|{index}|{key}": torch.as_tensor(v) for key, v in moments.items()}
     write_tensors(path, tensors, asdict(at))
+
+
+def tensors_of(jobs: Sequence[Job]) -> dict[str, Tensor]:
+    """What `restore_job` gives back."""
+    return {f"{job.name}|{key}": value for job in jobs for key, value in job.state_dict().items()}
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Progress] | None:
@@ -78,15 +81,15 @@ def restore_job(job: Job, tensors: dict[str, Tensor]) -> None:
     """Give a job the tensors it had, whatever their shapes are by now (a pruned map is shorter)."""
     prefix = job.name + "|"
     device = next(job.parameters()).device
-    for name, old in [*job.named_parameters(), *job.named_buffers(remove_duplicate=False)]:
-        value = tensors.get(prefix + name)
-        if value is None:
+    for name, value in tensors.items():
+        if not name.startswith(prefix):
             continue
-        if isinstance(old, nn.Parameter):
+        module, _, leaf = name.removeprefix(prefix).rpartition(".")
+        owner = job.get_submodule(module)
+        if isinstance(old := getattr(owner, leaf), nn.Parameter):
             old.data = value.to(device)
         else:
-            owner, _, leaf = name.rpartition(".")
-            setattr(job.get_submodule(owner), leaf, value.to(device))
+            setattr(owner, leaf, value.to(device))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, job: Job, tensors: dict[str, Tensor]) -> None:

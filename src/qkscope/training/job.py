@@ -34,8 +34,8 @@ class Job(nn.Module):
         """Parameters with their peak learning rate."""
 
     @abstractmethod
-    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective on one batch, and what to log of it."""
+    def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Any]]:
+        """The objective on one batch, and what to log of it: means over its tokens, and numbers."""
 
     @property
     def draw(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..config import TrainingConfig
 from ..files import disk_errors
 from . import checkpoint
@@ -83,7 +84,8 @@ def train(
         tensors, at = saved
         for job in jobs:
             checkpoint.restore_job(job, tensors)
-        stream.restore(at.text)
+        if at.text:  # else it is where another process begins
+            stream.restore(at.text)
     else:
         at.logs = logs.lengths()
     optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
@@ -92,13 +94,14 @@ def train(
             checkpoint.restore_optimizer(optimizer, job, saved[0])
     logs.cut(at.logs)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    watch = Watch(device)
-    sums: dict[str, dict[str, Tensor]] = {}
+    watch, leads = Watch(device), parallel.rank() == 0
+    sums: dict[str, dict[str, Any]] = {}
     counted, since, clock = 0, at.tokens, time.monotonic()
 
     def keep() -> None:
         at.text, at.logs = stream.state(), logs.lengths()
-        checkpoint.save(checkpoint_path, jobs, optimizers, at)
+        if leads:
+            checkpoint.save(checkpoint_path, jobs, optimizers, at)
 
     while at.tokens < tokens:
         batch = next(stream)
@@ -117,7 +120,7 @@ def train(
             watch.read()
         if logs_now:
             speed = (at.tokens - since) / max(time.monotonic() - clock, 1e-9)
-            for name, totals in sums.items():
+            for name, totals in sums.items() if leads else ():
                 means = {key: float(value) / counted for key, value in totals.items()}
                 line = {"phase": phase, "step": at.step, "tokens": at.tokens, **means, "tokens_per_s": round(speed)}
                 logs.write(name, line)
@@ -141,19 +144,20 @@ def train_step(
     autocast: torch.autocast,
     watch: Watch,
     step: int,
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, dict[str, Any]]:
     """One step of every job whose layer was harvested, after this share of the training; what each logs.
 
     What is not finite is noted in `watch`, and no step is taken on a loss that is not.
     """
-    logs: dict[str, dict[str, Tensor]] = {}
+    logs: dict[str, dict[str, Any]] = {}
     for layer, seen in batch.layers.items():
         require_finite(seen, layer, batch.origin, step, watch)
         target = PatternTarget(seen)
-        for job, optimizer in zip(jobs, optimizers, strict=True):
-            if job.layer == layer:
-                job.before_step(done)
-                logs[job.name] = _update(job, optimizer, target, rate_at(done, config), autocast, watch, step)
+        with parallel.divided(target.n_tokens, batch.n_tokens):
+            for job, optimizer in zip(jobs, optimizers, strict=True):
+                if job.layer == layer:
+                    job.before_step(done)
+                    logs[job.name] = _update(job, optimizer, target, rate_at(done, config), autocast, watch, step)
     return logs
 
 
@@ -165,20 +169,21 @@ def _update(
     autocast: torch.autocast,
     watch: Watch,
     step: int,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     optimizer.zero_grad(set_to_none=True)
     loss, log = job.loss(target, autocast)
-    value = loss.detach()
-    bad = ~torch.isfinite(value)
-    watch.note(bad, lambda: _diverged(job.name, value, step))
-    loss.backward()
+    loss.backward(torch.full_like(loss, parallel.share()))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    log = parallel.sum_gradients(parameters, {"loss": loss.detach(), **log})
+    bad = ~torch.isfinite(log["loss"])
+    watch.note(bad, lambda: _diverged(job.name, log["loss"], step))
     # What a gradient scaler tells a fused optimizer: the step is not taken, and the host need not know.
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     optimizer.step()
     job.after_step()
-    return {"loss": value, **log}
+    return log
 
 
 def _diverged(name: str, loss: Tensor, step: int) -> str:

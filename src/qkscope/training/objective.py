@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..dictionary import SparseTranscoder
 from ..kernels.pattern_kl import pattern_kl
 from ..kernels.row_kl import exp, row_entropy, row_kl
@@ -141,4 +142,4 @@ def revival_loss(error_nM: Tensor, aux_nM: Tensor, metric_NHH: Tensor | None) ->
         return torch.einsum("bnh,nhg,bng->b", e, metric_NHH, e).mean()
 
     error = error_nM.detach()
-    return square(error - aux_nM) / square(error).clamp(min=1e-12)
+    return square(error - aux_nM) / parallel.mean(square(error)).clamp(min=1e-12)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..dictionary import SparseTranscoder
 from ..kernels.product_norm import product_norm, smooth_abs
 from ..rotary import swap
@@ -40,9 +41,9 @@ def pair_penalty(
     `draw` seeds the distances that a rotary embedding is taken at; `free` pairs cost nothing.
     """
     n_heads, n_groups = target.inputs.q_BTNH.shape[2], target.inputs.k_BTGH.shape[2]
-    on_q, on_k = ((acts > 0).any(0).nonzero()[:, 0] for acts in (acts_q_nF, acts_k_nF))
-    size_q = (acts_q_nF[:, on_q].float().square().mean(0) + TINY).sqrt()
-    size_k = (acts_k_nF[:, on_k].float().var(0, correction=0) + TINY).sqrt()
+    on_q, on_k = (parallel.anywhere((acts > 0).any(0)).nonzero()[:, 0] for acts in (acts_q_nF, acts_k_nF))
+    size_q = (parallel.mean(acts_q_nF[:, on_q].float().square().mean(0)) + TINY).sqrt()
+    size_k = (parallel.variance(acts_k_nF[:, on_k].float()) + TINY).sqrt()
     left_FNH = (query.W_dec[on_q] * size_q[:, None]).unflatten(1, (n_heads, -1)) * target.rule.scaling
     right_FGH = (key.W_dec[on_k] * size_k[:, None]).unflatten(1, (n_groups, -1))
     right_FNH = right_FGH.repeat_interleave(n_heads // n_groups, 1)
@@ -69,10 +70,13 @@ def _turned(target: PatternTarget, left_FNH: Tensor, right_FNH: Tensor, draw: in
     rotary = target.rule.rotary
     assert rotary is not None
     b_N, i_N, j_N = drawn_places(target, draw)
-    table_N = b_N if len(rotary.cos_BTH) > 1 else torch.zeros_like(b_N)
+    table_N, here_N = parallel.row_here(b_N, len(target.real_BT))
+    if len(rotary.cos_BTH) == 1:
+        table_N = torch.zeros_like(b_N)
     turned = []
     for rows_FNH, place_N in ((left_FNH, i_N), (right_FNH, j_N)):
-        cos, sin = rotary.cos_BTH[table_N, place_N], rotary.sin_BTH[table_N, place_N]
+        tables = rotary.cos_BTH[table_N, place_N], rotary.sin_BTH[table_N, place_N]
+        cos, sin = (parallel.from_holders(table, here_N) for table in tables)
         turned.append(rows_FNH * cos + swap(rows_FNH, rotary.partner_H) * sin)
     return turned[0], turned[1]
 
@@ -81,9 +85,11 @@ def drawn_places(target: PatternTarget, draw: int) -> tuple[Tensor, Tensor, Tens
     """For each head a sequence, one of its queries, and a key in proportion to the head's attention, int64 [N] each."""
     generator = torch.Generator().manual_seed(draw)
     n_heads = target.inputs.q_BTNH.shape[2]
-    places = target.real_BT.nonzero()
+    places = parallel.whole_rows(target.real_BT).nonzero()
     chosen = places[torch.randint(len(places), (n_heads,), generator=generator).to(places.device)]
     b_N, i_N = chosen.unbind(1)
-    attention_NK = target.attention(b_N, i_N).cpu() + 1e-12  # a sink may have taken all of it
+    row_N, here_N = parallel.row_here(b_N, len(target.real_BT))
+    attention_NK = parallel.from_holders(target.attention(row_N, i_N), here_N).cpu()
+    attention_NK = attention_NK + 1e-12  # a sink may have taken all of it
     j_N = torch.multinomial(attention_NK, 1, generator=generator)[:, 0].to(places.device)
     return b_N, i_N, j_N

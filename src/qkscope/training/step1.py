@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
 from ..kernels.mostly_zero import acts_product
@@ -68,7 +69,7 @@ class Step1Job(Job):
         if self.steering is not None and self._kl_3 is not None:
             widths = torch.tensor([self.query.width, self.key.width], dtype=torch.float64)
             most = (widths * DENSEST).clamp(min=1.0)
-            self.log_k = self.steering.step(self.get_buffer("log_k"), self._kl_3, most, self.done)
+            self.log_k = self.steering.step(self.get_buffer("log_k"), parallel.mean(self._kl_3), most, self.done)
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on one batch, and what to log of it."""
@@ -108,8 +109,8 @@ class Step1Job(Job):
     def _note(self, side: str, acts_nF: Tensor) -> Tensor:
         """Count the tokens since each feature fired; bool [F] of those that count as dead."""
         idle = self.get_buffer(f"{side}_idle")
-        idle += len(acts_nF)
-        idle.masked_fill_(acts_nF.amax(0) > 0, 0)
+        idle += parallel.count(len(acts_nF))
+        idle.masked_fill_(parallel.anywhere(acts_nF.amax(0) > 0), 0)
         return idle > self.config.dead_after
 
 

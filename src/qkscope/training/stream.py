@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..attention import AttentionInputs, AttentionSite, harvest
 from ..data.sequences import Batch, Sequences
 from .watch import Watch
@@ -35,7 +36,7 @@ class Harvest:
     layers: dict[int, AttentionInputs]
     origin: Origin
     n_tokens: int
-    """Real tokens, BOS included."""
+    """Real tokens, BOS included; of the rows in all processes."""
 
 
 class Stream(Protocol):
@@ -49,16 +50,17 @@ class Stream(Protocol):
 
 
 class ModelStream:
-    """Layers of one frozen model on a stream of sequences; one forward pass a batch."""
+    """Layers of one frozen model on a stream of sequences; one forward pass a batch, for this process's rows of it."""
 
     def __init__(self, sites: Sequence[AttentionSite], text: Sequences) -> None:
         self.sites, self.text = sites, text
         self.device = next(sites[0].model.parameters()).device
 
     def __next__(self) -> Harvest:
-        batch = next(self.text).to(self.device)
+        whole = next(self.text)
+        batch = whole.rows(slice(parallel.rank(), None, parallel.size())).to(self.device)
         seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
-        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, batch.n_tokens)
+        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, whole.n_tokens)
 
     def state(self) -> dict[str, Any]:
         return self.text.state()

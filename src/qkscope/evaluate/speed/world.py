@@ -18,7 +18,7 @@ from ...attention import AttentionInputs, AttentionSite, harvest, open_sites
 from ...config import DictionaryConfig, TrainingConfig
 from ...data.sequences import Batch
 from ...decomposition import SiteShape
-from ...dictionary import kth_largest
+from ...parallel import kth_largest
 from ...training.recipes import resolved
 from ...training.start import SideStatistics, side_statistics, start
 from ...training.step1 import Step1Job
