@@ -22,6 +22,7 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip(f"no {CHROMIUM}: the page's tests drive Debian's chromium")
     playwright = pytest.importorskip("playwright.sync_api")
+    playwright.expect.set_options(timeout=20_000)  # a model is opened meanwhile, on a machine that may be busy
     with playwright.sync_playwright() as started:
         found = started.chromium.launch(executable_path=str(CHROMIUM), args=QUIET)
         yield found
@@ -32,7 +33,7 @@ def browser() -> Iterator[Any]:
 def tab(browser: Any) -> Iterator[Any]:
     """A browser's page of its own; the test fails where its console has an error or a warning, or asks elsewhere."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(20_000)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -29,7 +29,7 @@ from qkscope.explain.opening import one_layer, open_layers
 from qkscope.explain.trace import Trace, prompt_tokens
 
 PROMPT = "Long ago there was a market in Ashford. When Mary and John went to the harbour, John gave the lamp to"
-HEAD = 3
+HEAD = 2
 
 
 def client_of(folder: Path) -> TestClient:

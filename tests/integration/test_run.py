@@ -19,6 +19,7 @@ from qkscope.config import RunConfig
 from qkscope.decomposition import PAIR_COLUMNS, Decomposition
 
 SHAPES = {"gpt2": (4, 4, 8), "llama": (4, 2, 8), "gemma2": (4, 2, 16), "gpt_oss": (4, 2, 8), "bert": (4, 4, 8)}
+ROTARY = ("llama", "gemma2", "gpt_oss")
 FILES = {
     "dictionaries.safetensors", "pairs.parquet", "features.parquet", "examples.parquet", "metrics.jsonl", "report.json",
     "patterns.json", "pair_examples.parquet",
@@ -88,7 +89,7 @@ def require_artefact(folder: Path, layer: int, model: str, count: int = 60, widt
     N, G, H = SHAPES[model]
     here = folder / f"layer_{layer}"
     names = {p.name for p in here.iterdir()}
-    assert names - {"step1.safetensors"} == FILES
+    assert names - {"step1.safetensors"} == FILES | ({"pair_distance.parquet"} if model in ROTARY else set())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert RunConfig.model_validate(config["run"]).training.seed == 0
     assert {"versions", "device", "sites"} <= config.keys() and config["versions"].keys() >= {"qkscope", "git_commit"}

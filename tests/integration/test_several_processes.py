@@ -106,7 +106,9 @@ def test_two_processes_find_what_one_does(by_two: Path, words: Words, tmp_path: 
     ("changes", "model"),
     [
         # The published recipe; with a rotary embedding the pair penalty draws its places from all rows of a batch.
-        ({"dictionary.recipe": "seed"}, "llama"),
+        # Without the root penalty, whose slope where an activation vanishes makes much of rounding: its gradients, step
+        # by step, are in test_parallel.py.
+        ({"dictionary.recipe": "seed", "dictionary.sparsity": 0.0}, "llama"),
         ({"target.max-kl": 1.2}, "gpt2"),  # k is steered
     ],
 )
