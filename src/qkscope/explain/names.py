@@ -85,7 +85,7 @@ class FeatureNames:
             return {}
         coded = table["middle"].combine_chunks().dictionary_encode()
         texts, code_R = coded.dictionary.to_pylist(), coded.indices.to_numpy()
-        query_R, feature_R = table["query"].to_numpy(), table["feature"].to_numpy()
+        query_R, feature_R = table["query"].to_numpy(), table["feature"].to_numpy().astype(np.int64)  # as it is sought
         found = {}
         for side, here_R in (("query", query_R), ("key", ~query_R)):
             order = np.argsort(feature_R[here_R], kind="stable")
