@@ -8,7 +8,6 @@ out.
 
 from __future__ import annotations
 
-import gc
 import gzip
 import os
 import shutil
@@ -46,14 +45,12 @@ def export(folder: Path, site: Path) -> None:
             _write(made, "run", {**run.summary(), "live": False, "static": True, "shards": shards})
             for number in run.numbers:
                 run.layer(number).warm()
-                gc.freeze()  # what is read once stays: looking it through for garbage took a third of the time
                 for name, record in records(run.layer(number)):
                     _write(made, f"{number}/{name}", record)
                 print(f"qkscope: layer {number} is exported", file=sys.stderr)
             shutil.rmtree(site, ignore_errors=True)
             made.replace(site)
         finally:
-            gc.unfreeze()
             shutil.rmtree(made, ignore_errors=True)
     print(f"qkscope: {site} can be served by any web host, e.g. python -m http.server -d {site}")
 
