@@ -83,7 +83,7 @@ class DictionaryConfig(Config):
     dead_after: int = Field(default=5_000, ge=1)
     """Tokens without firing after which a feature counts as dead for the auxiliary loss."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Adam's peak rate."""
+    """Adam's peak rate. Empty, `default`'s falls with the root of the steps beyond 600."""
     beta2: float | None = Field(default=None, gt=0, lt=1)
     """Adam's memory of squared gradients. Sparse features see few tokens, and a shorter memory than Adam's usual 0.999
     lets their rates follow."""
