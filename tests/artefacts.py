@@ -17,8 +17,8 @@ import yaml
 
 from qkscope.config import RunConfig
 from qkscope.decomposition import PAIR_COLUMNS
-from qkscope.explain.distance_table import bins
-from qkscope.explain.examples import GROUP_ROWS
+from qkscope.tables.distance_table import bins
+from qkscope.tables.examples import GROUP_ROWS
 
 WORDS = ("<bos>", " the", " name", ".", "\n", " to", "Ann", " 7", ",", " café")
 HOSTILE = (

@@ -14,10 +14,10 @@ from torch import Tensor
 from qkscope.attention import AttentionSite, harvest
 from qkscope.decomposition import Decomposition
 from qkscope.errors import UserError
-from qkscope.explain.distance import distance_profiles, rotation_by_distance
 from qkscope.pairs.pair_map import with_bias
 from qkscope.pattern import AttentionInputs
 from qkscope.rotary import Rotary
+from qkscope.tables.distance import distance_profiles, rotation_by_distance
 
 ROTARY = {name: options for name, options in LAYERS.items() if "rotary" in options}
 

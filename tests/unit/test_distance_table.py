@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from layers import LAYERS, rows_of, some_decomposition, some_inputs, turn_matrix
 from torch import Tensor
 
-from qkscope.explain import distance_table
-from qkscope.explain.distance_table import NAME, binned, bins, write_distances
 from qkscope.pairs.pair_map import with_bias
+from qkscope.tables import distance_table
+from qkscope.tables.distance_table import NAME, binned, bins, write_distances
 
 ROTARY = {name: options for name, options in LAYERS.items() if "rotary" in options}
 LENGTH = 23  # its last bins hold several distances

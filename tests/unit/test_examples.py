@@ -20,8 +20,8 @@ from qkscope.config import DataConfig, RunConfig
 from qkscope.data.sequences import Batch
 from qkscope.decomposition import Decomposition, SiteShape
 from qkscope.dictionary import SparseTranscoder
-from qkscope.explain.examples import Examples, token_texts
 from qkscope.pairs.pair_map import Pairs
+from qkscope.tables.examples import Examples, token_texts
 
 WIDTHS = {"query": 7, "key": 5}
 HEADS = 4

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qkscope.data.sequences import Batch
 from qkscope.decomposition import Decomposition
-from qkscope.explain import firing, token_counts
-from qkscope.explain.best import Best
-from qkscope.explain.examples import Examples
-from qkscope.explain.feature_examples import FeatureExamples
-from qkscope.explain.token_counts import TokenCounts
 from qkscope.pattern import AttentionInputs
+from qkscope.tables import firing, token_counts
+from qkscope.tables.best import Best
+from qkscope.tables.examples import Examples
+from qkscope.tables.feature_examples import FeatureExamples
+from qkscope.tables.token_counts import TokenCounts
 
 LAYER: dict[str, Any] = {"batch": 3, "length": 9, "rotary": "half", "softcap": 2.0, "padding": True}
 SUMS = ("density", "mean_activation", "by_position", "positions", "top_token_activations")

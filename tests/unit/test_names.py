@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qkscope.explain.feature_examples import STRONGEST
 from qkscope.explain.names import FeatureNames
+from qkscope.tables.feature_examples import STRONGEST
 
 WORDS = (" a", "b", "\n", " café", "")
 

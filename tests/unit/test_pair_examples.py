@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qkscope.data.sequences import Batch
 from qkscope.decomposition import Decomposition
-from qkscope.explain import pair_examples
-from qkscope.explain.examples import Examples
 from qkscope.pairs.pair_map import with_bias
 from qkscope.pattern import AttentionInputs
+from qkscope.tables import pair_examples
+from qkscope.tables.examples import Examples
 
 STEP = 1e-4  # of a strength's logarithm, for a central difference
 WINDOW = 2

@@ -13,9 +13,9 @@ from test_pair_examples import a_batch, acts_of
 
 from qkscope.decomposition import Decomposition
 from qkscope.errors import UserError
-from qkscope.explain.examples import Examples
 from qkscope.explain.stored import feature_examples, feature_statistics, pair_examples
 from qkscope.explain.text import marked
+from qkscope.tables.examples import Examples
 
 
 @pytest.fixture

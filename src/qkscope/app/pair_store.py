@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ..decomposition import SIDES
 from ..evaluate.stored import PAIR, read
-from ..explain import distance_table
+from ..tables import distance_table
 from .tables import KeyedRows, Missing, Table
 
 if TYPE_CHECKING:

@@ -32,12 +32,12 @@ from ..data.prompts import ask
 from ..decomposition import Decomposition
 from ..errors import UserError
 from ..explain.account import Account
-from ..explain.examples import token_texts
 from ..explain.intervene import Feature, Pair, Part
 from ..explain.names import FeatureNames
 from ..explain.opening import open_layers
 from ..explain.trace import KINDS, Trace, prompt_tokens, trace
 from ..kernels.row_kl import row_entropy, row_kl
+from ..tables.examples import token_texts
 
 MOST_TOKENS = 512  # of a prompt
 KEPT = 4  # prompts that are kept; of 512 tokens in a layer of 12 heads about 50 MB each

@@ -24,8 +24,8 @@ from .. import __version__
 from ..decomposition import read_run
 from ..errors import UserError
 from ..evaluate.stored import Layer, read
-from ..explain import distance_table
 from ..explain.opening import layer_folders
+from ..tables import distance_table
 from .feature_store import FeatureStore
 from .head_store import HeadStore
 from .pair_store import PairStore

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..attention import AttentionInputs, AttentionSite
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
-from ..explain.examples import Examples
 from ..pairs.pair_map import Pairs, pair_scores, rows, with_bias
+from ..tables.examples import Examples
 from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile

@@ -18,14 +18,14 @@ from ..data import Batch, Sequences
 from ..data.documents import EMBEDDED, Split
 from ..decomposition import Decomposition, load_transcoders, read_run
 from ..errors import UserError
-from ..explain.distance_table import write_distances
-from ..explain.examples import Examples, token_texts
 from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
 from ..models import load_model
 from ..pattern import PatternSource
 from ..progress import Reporter
 from ..run_folder import claimed, layer_folder, require_finished, variants
+from ..tables.distance_table import write_distances
+from ..tables.examples import Examples, token_texts
 from ..target import outcome
 from ..training.stream import harvest_finite
 from .dense import dense_features

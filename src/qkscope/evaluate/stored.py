@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..errors import UserError
-from ..explain.feature_examples import STRONGEST
+from ..tables.feature_examples import STRONGEST
 from .charts import finite
 
 PAIRS_SHOWN, LINKED_SHOWN, BIAS_ROWS_SHOWN, DENSEST_SHOWN, SNIPPETS = 30, 12, 10, 6, 2

@@ -1,1 +1,1 @@
-"""What a decomposition's features are and do: examples, traces, heads, interventions."""
+"""What a decomposition's features do: traces, studies, heads, interventions."""

@@ -13,9 +13,9 @@ from ..decomposition import SIDES, Decomposition
 from ..errors import UserError
 from ..evaluate.run import text_of
 from ..files import unwritable, write_json
+from ..tables.distance import DistanceProfiles, distance_profiles, no_rotary
 from ..training.stream import harvest_finite
 from . import heads, units
-from .distance import DistanceProfiles, distance_profiles, no_rotary
 from .names import FeatureNames
 from .opening import layer_folders, with_sites
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..evaluate.stored import Layer, read
-from .feature_examples import STRONGEST
+from ..tables.feature_examples import STRONGEST
 from .text import shown
 
 NAMED = 0.5  # F1 of a label from which it says more of a feature than its tokens do

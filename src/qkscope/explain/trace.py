@@ -33,8 +33,8 @@ from ..errors import UserError
 from ..kernels.row_kl import exp
 from ..pairs.pair_map import rows, with_bias
 from ..pattern import AttentionInputs
+from ..tables.examples import token_texts
 from .account import Account
-from .examples import token_texts
 
 KINDS = ("true", "reconstructed", "pruned")
 COMPETITORS = 5  # keys that an attended one is held against, where none are named

@@ -13,11 +13,11 @@ import torch
 
 from ...data.sequences import Batch
 from ...decomposition import Decomposition
-from ...explain.examples import Examples
 from ...pairs.importance import firing_features, rank_pairs
 from ...pairs.mask import MaskJob, shortfall
 from ...pairs.selection import map_kl, top
 from ...pattern import AttentionInputs
+from ...tables.examples import Examples
 from ...training.loop import FLOOR
 from ...training.recipes import RECIPES
 from ...training.step1 import Step1Job

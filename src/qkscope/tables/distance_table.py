@@ -3,7 +3,7 @@
 A row for each of the `MOST_PAIRS` most important pairs, fewer where fewer are kept, by head, query and key feature:
 
     query_feature, key_feature, head    as in pairs.parquet
-    mean, low, high                     of M(i-j) within each bin of distances (explain/distance.py), float32
+    mean, low, high                     of M(i-j) within each bin of distances (distance.py), float32
     use                                 share of the bin in the pair's use: where both features are active, weighted by
                                         the squares of their activations; 0 everywhere for a pair that is never active
     average                             M averaged over that use: how strong the pair is where it occurs
