@@ -12,6 +12,7 @@ from torch import Tensor
 from qkscope.kernels import product_norm as kernel
 from qkscope.kernels.product_norm import EPSILON, product_norm
 from qkscope.pattern import AttentionInputs
+from qkscope.training import pair_penalty as module
 from qkscope.training.objective import PatternTarget
 from qkscope.training.pair_penalty import drawn_places, pair_penalty
 
@@ -92,6 +93,23 @@ def test_every_pair_free_costs_nothing_and_order_does_not_matter() -> None:
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     query.keep(order)
     close(pair_penalty(target, query, key, acts[0][:, order], acts[1], 0).detach(), whole.detach())
+
+
+def test_of_many_features_some_are_drawn_and_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = some_inputs(75)
+    sides = some_sides(inputs, widths=(6, 5))
+    target, pairs = PatternTarget(inputs), some_of(pairs_of(inputs, sides), 0.4)
+    free = (pairs.query_P, pairs.key_P, pairs.head_P)
+    acts = [side.encode(target.x_nD) for side in sides]
+    whole = pair_penalty(target, *sides, acts[0], acts[1], 0, free=free)
+    (wanted,) = torch.autograd.grad(whole, sides[0].W_dec)
+    monkeypatch.setattr(module, "DRAWN", 3)
+    found = [pair_penalty(target, *sides, acts[0], acts[1], draw, free=free) for draw in range(600)]
+    (gradient,) = torch.autograd.grad(torch.stack(found).mean(), sides[0].W_dec)
+    values = torch.stack(found).detach()
+    assert len(values.unique()) > 50
+    assert float((values.mean() - whole.detach()).abs()) < 4 * float(values.std()) / 600**0.5
+    close(gradient, wanted, 0.1)
 
 
 @pytest.mark.parametrize("name", ["half-split", "sink-softcap-padded", "all"])
