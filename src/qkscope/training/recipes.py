@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "activation": "batchtopk",
         "sparsity": 0.0,
-        "pair_sparsity": 0.0,
+        "pair_sparsity": 0.01,
         "start": "projection",
         "norm": "score",
         "aux": 1 / 32,

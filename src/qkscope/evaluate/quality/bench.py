@@ -2,10 +2,9 @@
 
 1. The baseline: `seed`, the published recipe with its faults mended, and its trained mask. Its held-out L0 on each side
    is what the others get.
-2. `default` at that L0, at half and at a quarter of it, and at that L0 with the pair penalty (`few pairs`); the
-   untrained controls at that L0; and `live width`, `default` anew with only as many features as lived.
-3. Pairs: the seed's masks, as they are and cut to smaller counts by importance; prune and tune of `default` and of
-   `few pairs`.
+2. `default` at that L0, at half and at a quarter of it, and at that L0 without its pair penalty; the untrained controls
+   at that L0; and `live width`, `default` anew with only as many features as lived.
+3. Pairs: the seed's masks, as they are and cut to smaller counts by importance; prune and tune of `default`.
 4. What an adversary can do to the maps with what they left out.
 
 All dictionaries read the same training tokens, all ways to prune the same again. Every figure is a mean over held-out
@@ -38,7 +37,7 @@ from ..patterns import KLScore, PatternScore, uniform_log_pattern
 from ..report import Activity
 from ..workbench import MASK, Workbench
 
-FEW = "few pairs"
+PLAIN = "no pair penalty"
 LIVE = "live width"
 
 
@@ -59,8 +58,6 @@ class Size:
     """The mask's penalty, one mask for each: weak ones keep most pairs, strong ones cost KL."""
     mask_tokens: int
     """Training tokens of the mask: dense, it takes ten times as long a token as the rest with a rotary embedding."""
-    pair_sparsity: float
-    """The pair penalty of `few pairs`."""
     adversary_count: int
     adversary_tokens: int
     adversary_steps: int = 160
@@ -166,7 +163,7 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
         "default": DictionaryConfig(width=size.width, k=k, k_key=k_key),
         "default, half the L0": DictionaryConfig(width=size.width, k=k / 2, k_key=k_key / 2),
         "default, a quarter": DictionaryConfig(width=size.width, k=k / 4, k_key=k_key / 4),
-        FEW: DictionaryConfig(width=size.width, k=k, k_key=k_key, pair_sparsity=size.pair_sparsity),
+        PLAIN: DictionaryConfig(width=size.width, k=k, k_key=k_key, pair_sparsity=0.0),
     }
     jobs = {name: bench.step1(name, config) for name, config in configs.items()}
     seconds = bench.fit(list(jobs.values()), size.tokens) / len(jobs)
@@ -182,8 +179,7 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
     for name, figures in bench.controls(jobs["default"]).items():
         yield {"dictionary": name, "method": "all pairs", "seconds": 0.0, **figures}
     yield from _pruned(bench, "seed", seed, (), size.mask_sparsity)
-    for name in ("default", FEW):
-        yield from _pruned(bench, name, jobs[name], ("tune",), ())
+    yield from _pruned(bench, "default", jobs["default"], ("tune",), ())
 
 
 def _pruned(

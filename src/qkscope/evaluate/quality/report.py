@@ -26,19 +26,19 @@ from ...errors import UserError
 from ...files import unwritable, write_json
 from ...models import load_model
 from ..workers import worker_pool
-from .bench import FEW, LIVE, LayerBench, Size, rows_of, whole_masks
+from .bench import LIVE, PLAIN, LayerBench, Size, rows_of, whole_masks
 from .page import write_scoreboard
 
 SIZES = {
     "small": Size(
         width=300, sparsity=0.02, tokens=300_000, heldout_tokens=8_192,
         counts=(16000, 8000, 4000, 2000, 1000, 500),
-        mask_sparsity=(1e-6, 1e-5), mask_tokens=100_000, pair_sparsity=0.03,
+        mask_sparsity=(1e-6, 1e-5), mask_tokens=100_000,
         adversary_count=2000, adversary_tokens=512, batch_tokens=512,
     ),
     "medium": Size(
         width=600, sparsity=0.01, tokens=2_000_000, heldout_tokens=32_768, counts=(16000, 8000, 4000, 2000, 1000, 500),
-        mask_sparsity=(1e-6, 1e-5), mask_tokens=1_000_000, pair_sparsity=0.03,
+        mask_sparsity=(1e-6, 1e-5), mask_tokens=1_000_000,
         adversary_count=4000, adversary_tokens=4096,
     ),
 }  # fmt: skip
@@ -128,6 +128,7 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     base_l0 = seed["l0_query"]["mean"] + seed["l0_key"]["mean"]
     out: dict[str, float | None] = {
         "KL ÷ seed's, at seed's L0": kl_of(default) / kl_of(seed),
+        "KL ÷ seed's, at seed's L0, no pair penalty": kl_of(rows[PLAIN, "all pairs", None]) / kl_of(seed),
         "L0 ÷ seed's, at seed's KL": _ratio(least(by_l0, kl_of(seed)), base_l0),
         "dead, default": max(default[f"dead_{side}"]["mean"] for side in SIDES),
         "KL at the live width ÷ KL, default": kl_of(rows[LIVE, "all pairs", None]) / kl_of(default),
@@ -135,19 +136,18 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     for method, mask in masks.items():
         out[f"pairs of seed's {method}"] = float(mask["pairs"])
         out[f"KL of seed's {method}"] = kl_of(mask)
-    for name in ("default", FEW):
-        maps = [row for row in layer["rows"] if row["dictionary"] == name and row["method"] == "prune and tune"]
-        curve = [(float(row["pairs"]), kl_of(row)) for row in maps]
-        for method, mask in masks.items():
-            out[f"pairs ÷ those of {method}, at its KL, {name}"] = _ratio(least(curve, kl_of(mask)), mask["pairs"])
-        for row in maps[::2]:
-            cut = [kl_of(other) for method in masks if (other := rows.get(("seed", method, row["asked"])))]
-            out[f"KL ÷ the best mask's cut to {row['asked']:,} pairs, {name}"] = kl_of(row) / min(cut)
-        largest = max(maps, key=lambda row: row["pairs"])
-        out[f"KL of the largest map, {name}"] = kl_of(largest)
-        out[f"ΔCE of the largest map, {name}"] = largest["ce_increase"]["mean"]
-        out[f"dead in the largest map, {name}"] = max(largest[f"dead_{side}"]["mean"] for side in SIDES)
-        out[f"random's KL ÷ the largest map's, {name}"] = kl_of(rows["random", "all pairs", None]) / kl_of(largest)
+    maps = [row for row in layer["rows"] if row["dictionary"] == "default" and row["method"] == "prune and tune"]
+    curve = [(float(row["pairs"]), kl_of(row)) for row in maps]
+    for method, mask in masks.items():
+        out[f"pairs ÷ those of {method}, at its KL"] = _ratio(least(curve, kl_of(mask)), mask["pairs"])
+    for row in maps[::2]:
+        cut = [kl_of(other) for method in masks if (other := rows.get(("seed", method, row["asked"])))]
+        out[f"KL ÷ the best mask's cut to {row['asked']:,} pairs"] = kl_of(row) / min(cut)
+    largest = max(maps, key=lambda row: row["pairs"])
+    out["KL of the largest map"] = kl_of(largest)
+    out["ΔCE of the largest map"] = largest["ce_increase"]["mean"]
+    out["dead in the largest map"] = max(largest[f"dead_{side}"]["mean"] for side in SIDES)
+    out["random's KL ÷ the largest map's"] = kl_of(rows["random", "all pairs", None]) / kl_of(largest)
     for row in layer["rows"]:
         if row.get("adversary"):
             out[f"adversary, {row['dictionary']}"] = row["adversary"]["logit_kl"]["adversary"]["mean"]

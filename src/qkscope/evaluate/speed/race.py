@@ -26,7 +26,7 @@ LAYER, LEVEL = 3, 0.3  # of stories-gpt2; share of the training at which the lea
 CHUNK = 5  # steps between two looks at the KL
 SETTINGS = QualitySize(
     width=300, sparsity=0.01, tokens=60_000, heldout_tokens=4096, sample_tokens=4096, batch_tokens=512,
-    mask_sparsity=(3e-6,), mask_tokens=0, pair_sparsity=0.0, counts=(), adversary_count=0, adversary_tokens=0,
+    mask_sparsity=(3e-6,), mask_tokens=0, counts=(), adversary_count=0, adversary_tokens=0,
 )  # fmt: skip
 
 
