@@ -20,6 +20,7 @@ from qkscope.evaluate.speed.bench import MASK, SEED, THEIR_MASK, THEIRS, THREE, 
 from qkscope.evaluate.speed.measure import Ceiling, Timing, in_turns, most_held
 from qkscope.evaluate.speed.work import Work, adam, product, seen_share, sparse
 from qkscope.evaluate.speed.world import SIZES, Size, World, job_of
+from qkscope.training.step1 import Step1Job
 
 TINY = Size(
     context=24, width=150, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, judged_tokens=48,
@@ -50,7 +51,19 @@ NAMES = ["harvest", "step 1, default", SEED, THREE, THEIRS, "importance and rank
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_count_by_hand_is_the_counters(name: str, ways: dict[str, Way]) -> None:
-    assert ways[name].work.dense == counted(ways[name]) > 1e6
+    way = ways[name]
+    found, wanted = counted(way), way.work.dense
+    for job in penalised(way):  # the penalty's product is of features that fired; the count is of a batch where all do
+        on_q, on_k = (int((job.get_buffer(f"{side}_idle") == 0).sum()) for side in ("query", "key"))
+        assert 1 < on_q < TINY.width and 1 < on_k < TINY.width
+        every, fired = (product(a, 64, b, TINY.heads).dense for a, b in ((TINY.width, TINY.width), (on_q, on_k)))
+        wanted += 2 * fired - 3 * every  # the counter does not see the third, an addmm in place
+    assert found == wanted > 1e6
+
+
+def penalised(way: Way) -> list[Step1Job]:
+    jobs = getattr(getattr(way.act, "__self__", None), "jobs", [])
+    return [job for job in jobs if isinstance(job, Step1Job) and job.config.pair_sparsity]
 
 
 @pytest.mark.parametrize(("name", "products"), [("selection, for each count", 1), ("refit", 2)])

@@ -122,7 +122,7 @@ def step1_ways(world: World) -> dict[str, Way]:
         chosen = list(zip(world.sites, statistics, strict=True))[-n_layers:]
         jobs = [job_of(site.layer, s, recipe, width, size.k) for site, s in chosen]
         stream = RandomText(world, [site for site, _ in chosen], n)
-        done = work.step1(shape, n_layers, batchtopk=recipe == "default", dense=dense)
+        done = work.step1(shape, n_layers, default=recipe == "default", dense=dense)
         return Way(Steps(jobs, stream, device).step, n, done)
 
     return {

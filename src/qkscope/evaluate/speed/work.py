@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels.pattern_kl import ROWS
+from ...training.pair_penalty import DRAWN
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,11 @@ def harvest(s: Shape) -> Work:
     return model(s, s.layers - 1) + product(s.n, s.D, 3 * s.D)
 
 
-def step1(s: Shape, layers: int, *, batchtopk: bool, dense: bool) -> Work:
-    """One step of one pair of dictionaries for each of several layers, one harvest. `dense`: on a GPU."""
+def step1(s: Shape, layers: int, *, default: bool, dense: bool) -> Work:
+    """One step of one pair of dictionaries for each of several layers, one harvest; of `default`, or of `seed`.
+
+    `dense`: on a GPU.
+    """
     one = s.scores() * (KL_PRODUCTS * seen_share(s.T))
     for F in (s.Fq, s.Fk):
         one += product(s.n, s.D, F)  # encode
@@ -98,9 +102,11 @@ def step1(s: Shape, layers: int, *, batchtopk: bool, dense: bool) -> Work:
             one += product(s.n, F, s.M, 3) + product(s.D, s.n, F)
         else:
             one += sparse(s.n * s.k, s.M) * 3 + sparse(s.n * s.k, s.D)
-        if batchtopk:
+        if default:
             one += norms(s, F)
         one += adam(F * (s.D + s.M + 1) + s.D + s.M)
+    if default:
+        one += pair_penalty(s)
     return harvest(s) + one * layers
 
 
@@ -118,6 +124,11 @@ def seen_share(length: int) -> float:
 def norms(s: Shape, F: int) -> Work:
     """Of decoder rows in the metric that sizes are compared in: W C for each head, then with W."""
     return product(F, s.H, s.H, s.N) + product(1, s.M, 1, F)
+
+
+def pair_penalty(s: Shape) -> Work:
+    """Every pair's product, of the features that are drawn, and a gradient for both factors; all fire in a batch."""
+    return product(min(s.Fq, DRAWN), s.H, min(s.Fk, DRAWN), s.N) * 3
 
 
 def encode(s: Shape, *, batchtopk: bool) -> Work:
@@ -157,11 +168,10 @@ def refit(s: Shape) -> Work:
 
 
 def tune(s: Shape, *, dense: bool) -> Work:
-    """A step of strengths and dictionaries, with the penalty on the dropped pairs; every feature fires in a batch."""
-    work = refit(s)
+    """A step of strengths and dictionaries, with the penalty on the dropped pairs."""
+    work = refit(s) + pair_penalty(s)
     work += product(s.T, s.T, s.used, s.B * s.N)  # to the keys' activations
     work += sparse(s.P, s.n)  # to the queries'
-    work += product(s.Fq, s.H, s.Fk, s.N) * 3  # the penalty: every pair's product, and a gradient for both factors
     for F in (s.Fq, s.Fk):
         work += product(s.D, s.n, F) if dense else sparse(s.n * s.k, s.D)  # to W_enc
         work += product(1, s.D, F) + adam(F * (s.D + s.M + 1) + s.D + s.M)
