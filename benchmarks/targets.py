@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["stories-gpt2=1,2,3"], help="NAME=LAYERS or FOLDER=LAYERS=TEXT")
     parser.add_argument("--bounds", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--loss", choices=["max_kl", "max_ce"], default="max_kl")
-    parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--share", type=float, default=qk.RunConfig().target.share)
+    parser.add_argument("--pair-sparsity", type=float, default=None, help="empty: the recipe's")
     parser.add_argument("--width", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--stage-tokens", type=int, default=60_000)
@@ -41,7 +42,7 @@ def main() -> None:
                 "model": model,
                 "layers": [int(layer) for layer in layers.split(",")],
                 "data": {"source": text[0] if text else "embedded" if model in EMBEDDED_MODELS else None},
-                "dictionary": {"width": args.width},
+                "dictionary": {"width": args.width, "pair_sparsity": args.pair_sparsity},
                 "training": {"tokens": args.tokens, "batch_tokens": args.batch_tokens, "seed": args.seed},
                 "pairs": {"count": 4000, "stages": 4, "tokens": 4 * args.stage_tokens},
                 "target": {args.loss: bound, "share": args.share},
