@@ -3,7 +3,8 @@
     python benchmarks/stability.py --folder build/stability --models stories-gpt2=1,2,3 FOLDER=LAYERS=TEXT
 
 For each model two runs that differ in their seed (and so in the order of the text; the embedded corpus has other
-stories for each seed), and, where its text is a file, two with one seed on its documents of even and of odd number. Then `qkscope compare` of each two. Runs go on where they were interrupted.
+stories for each seed), and, where its text is a file, two with one seed on its documents of even and of odd number.
+Then `qkscope compare` of each two. Runs go on where they were interrupted.
 """
 
 from __future__ import annotations
