@@ -179,7 +179,7 @@ class TargetConfig(Config):
     """Pattern KL of the pruned map at the most, in nats."""
     max_ce: float | None = Field(default=None, gt=0)
     """Increase of the model's cross-entropy at the most, in nats a token, with the layer's pattern replaced."""
-    share: float = Field(default=0.5, gt=0, lt=1)
+    share: float = Field(default=0.6, gt=0, lt=1)
     """Share of the bound that step 1 is steered to; the rest is left for pruning. More of it: fewer active features,
     more pairs."""
 

@@ -30,7 +30,7 @@ def world(log_k_2: Tensor, sizes: tuple[float, float], power: float) -> Tensor:
 @settings(max_examples=20, deadline=None)
 @given(
     sizes=st.tuples(st.floats(0.3, 1.5), st.floats(0.3, 1.5)),
-    power=st.floats(0.6, 1.2),
+    power=st.floats(0.7, 1.2),  # so that no side needs more than MOST
     kl=st.floats(0.05, 0.15),
     start=st.floats(2.0, 60.0),
 )
