@@ -16,6 +16,8 @@ Shapes: n tokens, D residual width, F features, M width of all heads together.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,13 @@ class SparseTranscoder(nn.Module):
         for name, dim in (("W_enc", 1), ("b_enc", 0), ("W_dec", 0), ("threshold", 0)):
             old = getattr(self, name)
             setattr(self, name, nn.Parameter(old.index_select(dim, index), requires_grad=old.requires_grad))
+
+    def narrowed(self, index: Tensor) -> SparseTranscoder:
+        """A copy with these features alone, in this order; what it has in common with this one is shared."""
+        other = copy.copy(self)
+        other._parameters = self._parameters.copy()  # a module's own copy would share them
+        other.keep(index)
+        return other
 
     def norms(self) -> Tensor:
         """What an activation is multiplied by to give a size, [F]; not differentiated."""
