@@ -124,8 +124,7 @@ class Decomposition:
             self.strength_P if strength_P is None else strength_P,
             queries,
             keys,
-            rows(self.query, self.shape.N),
-            rows(self.key, self.shape.G),
+            lambda: (rows(self.query, self.shape.N), rows(self.key, self.shape.G)),
             inputs.rule,
         )
 

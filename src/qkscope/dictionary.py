@@ -78,9 +78,9 @@ class SparseTranscoder(nn.Module):
         # TopK has no threshold to fold the metric into, and must choose in a reader's hands as it did in training.
         if self.metric is None or self.activation == "topk":
             return w.norm(dim=1)
-        n, h, _ = self.metric.shape
-        w = w.view(len(w), n, h)
-        return torch.einsum("fnh,nhg,fng->f", w, self.metric, w).clamp(min=0).sqrt()
+        heads = w.view(len(w), *self.metric.shape[:2]).unbind(1)  # one at a time: no copy of all of W_dec
+        squares = sum(torch.linalg.vecdot(w_FH @ c_HH, w_FH) for w_FH, c_HH in zip(heads, self.metric, strict=True))
+        return squares.clamp(min=0).sqrt()  # type: ignore[union-attr]
 
     def read(self, x_nD: Tensor) -> Tensor:
         """What the encoder sees of its input."""

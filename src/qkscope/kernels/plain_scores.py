@@ -142,7 +142,14 @@ def _y(table_Un: Tensor, s_P: Tensor, head: HeadLayout) -> Tensor:
 
 
 def plain_scores(
-    queries: Events, a_q_L: Tensor, keys: Events, a_k_M: Tensor, s_P: Tensor, layout: PlainLayout, batch: int, length: int
+    queries: Events,
+    a_q_L: Tensor,
+    keys: Events,
+    a_k_M: Tensor,
+    s_P: Tensor,
+    layout: PlainLayout,
+    batch: int,
+    length: int,
 ) -> Tensor:
     """Scores [B, N, Q, K] of active features, both sides in the order of tokens; differentiable in a_q, a_k and s.
 

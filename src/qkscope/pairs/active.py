@@ -50,13 +50,9 @@ class Active:
 
     @classmethod
     @torch.no_grad()
-    def read(
-        cls, side: SparseTranscoder, x_nD: Tensor, real_BT: Tensor, features: Tensor | None = None
-    ) -> Active:
+    def read(cls, side: SparseTranscoder, x_nD: Tensor, real_BT: Tensor, features: Tensor | None = None) -> Active:
         """A dictionary as it is at inference on the real tokens, packed; of its features only these, where given."""
-        reader = side
-        if features is not None and side.activation != "topk" and 2 * len(features) < side.width:  # TopK chooses of all
-            reader = side.narrowed(features)
+        reader = side if read_width(side, features) == side.width else side.narrowed(features)  # type: ignore[arg-type]
         parts, step = [], max(CHUNK_ELEMENTS // max(reader.width, 1), 1)
         reader.eval()
         for start in range(0, len(x_nD), step):
@@ -103,3 +99,9 @@ class Active:
         out = self.act_L.new_zeros(self.batch * self.length, self.n_features)
         out[self.events.token_L, self.events.feature_L] = self.act_L
         return out.view(self.batch, self.length, -1)
+
+
+def read_width(side: SparseTranscoder, features: Tensor | None) -> int:
+    """How many features are encoded where these are wanted: all where that is no more work, and for TopK's choice."""
+    few = features is not None and side.activation != "topk" and 2 * len(features) < side.width
+    return len(features) if few else side.width  # type: ignore[arg-type]

@@ -5,10 +5,11 @@ Taking a pair out changes score row i by δ_ij, which to second order costs ½·
     I[a,b,h] = ½ · scale² · E_i[ a_q[i,a]² · Var_{j∼P_i}( M[a,b,h](i-j) · a_k[j,b] ) ]
 
 Without a rotary embedding M leaves the variance: that is made for the key features that are active in a sequence, from
-the tokens that they are active at, and a sparse product with the queries' squares and one dense product for M rank every
-pair. With one, the terms of the variance are made for every active feature of a query and every active feature of a
-key; both are few. Blocks of [query features, key features] of one head go by, one at a time, and the best pairs stay in
-a bounded list. A soft cap enters by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
+the tokens that they are active at; a sparse product with the queries' squares and a dense one for M rank every pair,
+and M is made only of the query features of a block that can still have a pair among the best. With one, the terms of
+the variance are made for every active feature of a query and every active feature of a key; both are few. Blocks of
+[query features, key features] of one head go by, one at a time, and the best pairs stay in a bounded list. A soft cap
+enters by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
 
 With a rotary embedding that is the dearest part of pruning. Rows of one sequence are much alike, so `rough` takes one
 in `ROUGH`, other places in every sequence: a quarter of the work, and an estimate without bias.
@@ -19,7 +20,7 @@ Shapes as in pair_map.py and active.py; a batch's tokens are its unpadded ones.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,8 +36,9 @@ from .active import Active
 from .pair_map import Pairs, rows, turned_rows
 
 KEPT_ELEMENTS = 1 << 27  # of one head's patterns that stay in memory while its blocks go by: 512 MB
-CPU_BLOCK = 1 << 22  # elements of one [query features, key features] block: 16 MB, which are not asked for anew each time
+CPU_BLOCK = 1 << 22  # elements of one [query features, key features] block: 16 MB, near the cache
 GPU_BLOCK = 1 << 26
+SLACK = 1e-3  # by which a bound may be wrong for rounding
 ROUGH = 4  # rows of scores of which one is taken, where a rough answer will do
 MEETING_ELEMENTS = 1 << 20  # meetings of active features made at once with a rotary embedding: 4 MB, near the cache
 
@@ -126,8 +128,9 @@ def rank_pairs(
     """The `most` most important pairs and their importance [P] in nats; features that never fire are left out."""
     n_heads = sample[0].q_BTNH.shape[2]
     best = _Best(most, query.W_dec.device)
-    for head, queries, keys, worth in importance_blocks(sample, query, key, rough=rough):
+    for head, queries, keys, worth in importance_blocks(sample, query, key, rough=rough, least=lambda: best.least):
         best.add(worth, queries, keys, head)
+    best.sort_out()
     pairs, order = Pairs.sorted(best.index[0], best.index[1], best.index[2], query.width, key.width, n_heads)
     return pairs, best.worth[order]
 
@@ -155,7 +158,7 @@ def pair_importance(
         queries, a = pairs.query_P[meet].unique(return_inverse=True)
         keys, b = pairs.key_P[meet].unique(return_inverse=True)
         done = 0
-        for part, worth in _blocks(items, head, queries, keys, rows_q, rows_k):
+        for _, part, worth in _blocks(items, head, queries, keys, rows_q, rows_k):
             inside = ((b >= done) & (b < done + len(part))).nonzero()[:, 0]
             total[meet[inside]] = worth[a[inside], b[inside] - done]
             done += len(part)
@@ -163,44 +166,72 @@ def pair_importance(
 
 
 def importance_blocks(
-    sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder, *, rough: bool = False
+    sample: Sequence[AttentionInputs],
+    query: SparseTranscoder,
+    key: SparseTranscoder,
+    *,
+    rough: bool = False,
+    least: Callable[[], float] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(head, query features, key features, their importance [queries, keys] in nats), block by block."""
+    """(head, query features, key features, their importance [queries, keys] in nats), block by block.
+
+    `least`: what importance must exceed to be of interest, asked for at each block. Query features of a block that
+    have no such pair may then be left out of it.
+    """
     n_heads, n_groups = sample[0].q_BTNH.shape[2], sample[0].k_BTGH.shape[2]
     rows_q, rows_k = rows(query, n_heads), rows(key, n_groups)
     items = seen(sample, query, key, rough=rough)
     queries, keys = _firing(items)
     for head in range(n_heads):
-        for part, worth in _blocks(items, head, queries, keys, rows_q, rows_k):
-            yield head, queries, part, worth
+        for row, part, worth in _blocks(items, head, queries, keys, rows_q, rows_k, least):
+            yield head, queries[row], part, worth
 
 
 def _blocks(
-    items: list[Seen], head: int, queries: Tensor, keys: Tensor, rows_q: Tensor, rows_k: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Importance of one head's [query features, key features], some keys (both ascending) at a time."""
+    items: list[Seen],
+    head: int,
+    queries: Tensor,
+    keys: Tensor,
+    rows_q: Tensor,
+    rows_k: Tensor,
+    least: Callable[[], float] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Importance of one head's [query features, key features], both ascending, some keys at a time.
+
+    With it which of the query features these are: all, or those that may have a pair of more than `least`.
+    """
     if not (len(queries) and len(keys)):
         return
     rule = items[0].inputs.rule
     kind = _Plain if rule.rotary is None else _Rotary
     left, right = rows_q[queries, head], rows_k[keys, head * rows_k.shape[1] // rows_q.shape[1]]
-    parts = torch.arange(len(keys), device=keys.device).split(max(_block_elements(left.device) // len(queries), 1))
+    left = left * (0.5 * rule.scaling**2 / sum(item.n_rows for item in items)) ** 0.5
+    every = torch.arange(len(queries), device=left.device)
+    parts = torch.arange(len(keys), device=left.device).split(max(_block_elements(left.device) // len(queries), 1))
     elements = sum(item.inputs.real_BT.numel() * item.inputs.real_BT.shape[1] for item in items)
 
     def prepared() -> Iterator[_Plain | _Rotary]:
         return (kind(item, head, queries, left) for item in items)
 
     held = list(prepared()) if len(parts) > 1 and elements <= KEPT_ELEMENTS else None
-    factor = 0.5 * rule.scaling**2 / sum(item.n_rows for item in items)
+    squares_Q = left.square().sum(1)
     for part in parts:
         worth = torch.zeros(len(queries), len(part), device=left.device)
         for item in held or prepared():
             item.add(worth, keys[part], right[part])
-        if rule.rotary is None:
-            worth.mul_((left @ right[part].T).square_())
-            if rule.shift_free:  # a constant along the row cancels in the softmax
-                worth[:, keys[part] == len(rows_k) - 1] = 0
-        yield keys[part], worth.mul_(factor)
+        rows = every
+        if rule.rotary is None:  # it stands for M² = |left|² |right|² by now, which it cannot exceed
+            if rule.shift_free and int(keys[part[-1]]) == len(rows_k) - 1:
+                worth[:, -1] = 0  # the key's bias: a constant along the row cancels in the softmax
+            if least is not None:
+                rows = (worth.amax(1) * squares_Q > least() * (1 - SLACK)).nonzero()[:, 0]
+                worth = worth[rows]
+            worth = worth.mul_((left[rows] @ _unit(right[part]).T).square_())
+        yield rows, keys[part], worth
+
+
+def _unit(rows_FH: Tensor) -> Tensor:
+    return rows_FH / rows_FH.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows_FH.dtype).tiny)
 
 
 def _block_elements(device: torch.device) -> int:
@@ -208,26 +239,32 @@ def _block_elements(device: torch.device) -> int:
 
 
 class _Best:
-    """The highest-ranked pairs so far."""
+    """The highest-ranked pairs so far, and some more: they are sorted out once there are twice as many as wanted."""
 
     def __init__(self, limit: int, device: torch.device) -> None:
-        self.limit = limit
+        self.limit, self.least = limit, 0.0
         self.worth = torch.zeros(0, device=device)
         self.index = torch.zeros(3, 0, dtype=torch.int64, device=device)
 
     def add(self, worth: Tensor, queries: Tensor, keys: Tensor, head: int) -> None:
-        least = self.worth.min() if len(self.worth) == self.limit else worth.new_zeros(())
-        rows = (worth.amax(1) > least).nonzero()[:, 0]  # of a block few rows have anything to add
+        if not len(queries):
+            return
+        rows = (worth.amax(1) > self.least).nonzero()[:, 0]  # of a block few have anything to add
         flat = worth[rows].flatten()
-        place = (flat > least).nonzero()[:, 0]
+        place = (flat > self.least).nonzero()[:, 0]
         if len(place) > self.limit:
-            place = flat.topk(self.limit).indices
-        value, place = flat[place], rows[place // len(keys)] * len(keys) + place % len(keys)
-        index = torch.stack([queries[place // len(keys)], keys[place % len(keys)], torch.full_like(place, head)])
-        self.worth, self.index = torch.cat([self.worth, value]), torch.cat([self.index, index], 1)
+            place = place[flat[place].topk(self.limit).indices]
+        a, b = queries[rows[place // len(keys)]], keys[place % len(keys)]
+        self.worth = torch.cat([self.worth, flat[place]])
+        self.index = torch.cat([self.index, torch.stack([a, b, torch.full_like(a, head)])], 1)
+        if len(self.worth) >= 2 * self.limit:
+            self.sort_out()
+
+    def sort_out(self) -> None:
         if len(self.worth) > self.limit:
             self.worth, order = self.worth.topk(self.limit)
             self.index = self.index[:, order]
+            self.least = float(self.worth[-1])
 
 
 def firing_features(
@@ -254,13 +291,13 @@ def _events_of(active: Active, features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Plain:
-    """One head on one batch: Σ_i a_q² Var_j(a_k), since M does not depend on the position."""
+    """One head on one batch: Σ_i a_q² Var_j(a_k) |right|². M, of unit keys, is then to come: no position is in it."""
 
     def __init__(self, item: Seen, head: int, queries: Tensor, left: Tensor) -> None:
         self.keys = item.keys_by_feature
         _, first, second = item.weights(head)
-        by_key = [weights.transpose(1, 2).flatten(0, 1).contiguous() for weights in {id(w): w for w in (first, second)}.values()]
-        self.first_KQ, self.second_KQ = by_key[0], by_key[-1]
+        self.first_KQ = first.transpose(1, 2).flatten(0, 1).contiguous()
+        self.second_KQ = self.first_KQ if second is first else second.transpose(1, 2).flatten(0, 1).contiguous()
         by_query = item.queries.by_feature()
         index, row = _events_of(by_query, queries)
         with warnings.catch_warnings():
@@ -279,7 +316,7 @@ class _Plain:
         variance = row_sums(token, self.second_KQ, start, act.square())
         variance -= row_sums(token, self.first_KQ, start, act).square_()
         table_BCQ = variance.new_zeros(batch, len(keys), length)
-        table_BCQ[cell % batch, cell // batch] = variance
+        table_BCQ[cell % batch, cell // batch] = variance * right.square().sum(1)[cell // batch, None]
         total.addmm_(self.squares, table_BCQ.transpose(1, 2).reshape(batch * length, len(keys)))
 
 
@@ -322,7 +359,7 @@ class _Rotary:
     def _variance(
         self, b: int, query_L: Tensor, u_LH: Tensor, key_M: Tensor, column_M: Tensor, v_MH: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Variance of δ of each active query feature and each key feature of a sequence, and these features' columns."""
+        """Variance of δ of each active query feature and each key feature of a sequence, and the latters' columns."""
         seen, place_M = column_M.unique_consecutive(return_inverse=True)
         mean = u_LH.new_zeros(len(seen), len(query_L))
         square = torch.zeros_like(mean)

@@ -14,6 +14,7 @@ Shapes: P kept pairs, F features of a side (bias not counted), n = B·T tokens; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -135,23 +136,28 @@ def pair_scores(
     """
     on_q, on_k = reach or (None, None)
     queries, keys = Active.of(acts_q_BTF, on_q), Active.of(acts_k_BTF, on_k)
-    return active_scores(pairs, strength_P, queries, keys, rows_q, rows_k, rule)
+    return active_scores(pairs, strength_P, queries, keys, lambda: (rows_q, rows_k), rule)
 
 
 def active_scores(
-    pairs: Pairs, strength_P: Tensor, queries: Active, keys: Active, rows_q: Tensor, rows_k: Tensor, rule: PatternRule
+    pairs: Pairs,
+    strength_P: Tensor,
+    queries: Active,
+    keys: Active,
+    both_rows: Callable[[], tuple[Tensor, Tensor]],
+    rule: PatternRule,
 ) -> Tensor:
     """Capped scores from the kept pairs, float32 [B, N, Q, K], before the mask; a head without pairs has zeros.
 
-    Differentiable in the strengths, the activations and, with a rotary embedding, the decoder rows (`rows`).
+    Differentiable in the strengths, the activations and, with a rotary embedding, the decoder rows of both sides
+    (`rows`), which are not asked for without one.
     """
     strength_P = strength_P * rule.scaling
     if rule.rotary is None:
-        scores = plain_scores(
-            queries.events, queries.act_L, keys.events, keys.act_L, strength_P, pairs.plain_layout, keys.batch, keys.length
-        )  # fmt: skip
+        both = queries.events, queries.act_L, keys.events, keys.act_L
+        scores = plain_scores(*both, strength_P, pairs.plain_layout, keys.batch, keys.length)
     else:
-        scores = _rotary_scores(pairs, strength_P, queries, keys, rows_q, rows_k, rule.rotary)
+        scores = _rotary_scores(pairs, strength_P, queries, keys, *both_rows(), rule.rotary)
     return rule.cap(scores)
 
 

@@ -63,6 +63,7 @@ class MapJob(Job):
         self.register_buffer("head_P", pairs.head_P)
         self.factor_P = nn.Parameter(torch.ones(len(pairs), device=query.W_dec.device))
         self._pairs: Pairs | None = None
+        self._frozen_P: tuple[Tensor, Tensor] | None = None  # of which pairs, and their weights' strengths
         self.worth_P: Tensor | None = None  # importance of the pairs as last measured, for the next pruning
         self.train()
 
@@ -96,8 +97,14 @@ class MapJob(Job):
         """What multiplies a pair's activations before the scale (with a rotary embedding: its M(i-j)), [P]."""
         if rule.rotary is not None:
             return self.factor_P
-        n_groups = self.n_groups(rule)
-        return self.factor_P * weight_strength(self.pairs, rows(self.query, self.n_heads), rows(self.key, n_groups))
+        if self.dictionary_rate > 0:
+            return self.factor_P * self._weights(rule)
+        if self._frozen_P is None or self._frozen_P[0] is not self.query_P:
+            self._frozen_P = self.query_P, self._weights(rule).detach()
+        return self.factor_P * self._frozen_P[1]
+
+    def _weights(self, rule: PatternRule) -> Tensor:
+        return weight_strength(self.pairs, rows(self.query, self.n_heads), rows(self.key, self.n_groups(rule)))
 
     def n_groups(self, rule: PatternRule) -> int:
         head_width = self.query.W_dec.shape[1] // self.n_heads
@@ -135,8 +142,7 @@ class MapJob(Job):
             self.strengths(target.rule),
             active["query"],
             active["key"],
-            rows(self.query, self.n_heads),
-            rows(self.key, self.n_groups(target.rule)),
+            lambda: (rows(self.query, self.n_heads), rows(self.key, self.n_groups(target.rule))),
             target.rule,
         )
         return target.kl_rows(scores), active, sparsity
