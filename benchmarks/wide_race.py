@@ -11,6 +11,7 @@ and some gigabytes. Processor seconds on one thread, all of one process.
 from __future__ import annotations
 
 import argparse
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = replace(SETTINGS, width=args.width, tokens=args.tokens)
-    print(f"{args.width:,} features a side, one thread, torch {torch.__version__}", flush=True)
+    print(f"{args.width:,} features a side, one thread of {platform.machine()}, torch {torch.__version__}", flush=True)
     for recipe in args.recipes:
         path = args.folder / f"{recipe}_{args.width}_{args.tokens}.safetensors"
         found = race(args.mask_steps, settings, recipe, path)
