@@ -63,6 +63,19 @@ def test_nothing_is_active_but_the_bias() -> None:
     assert torch.equal(found.dense()[..., -1], inputs.real_BT.float())
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_tokens_and_no_features(activation: Any) -> None:
+    inputs = some_inputs(1)
+    side = some_dictionary(6, 11, 8, 2, activation)
+    none = torch.zeros_like(inputs.real_BT)
+    found = Active.read(side, inputs.x_BTD[none], none)
+    assert found.dense().shape == (2, 7, 12) and not found.dense().any()
+    x_nD = inputs.x_BTD.flatten(0, 1)
+    bias = Active.read(side, x_nD, inputs.real_BT, torch.zeros(0, dtype=torch.int64))
+    assert torch.equal(bias.dense()[..., -1], torch.ones(2, 7))
+    assert activation == "topk" or not bias.dense()[..., :-1].any()
+
+
 def test_gradients_reach_what_is_said_to_be_on() -> None:
     g = torch.Generator().manual_seed(0)
     acts = torch.randn(2 * 3, 4, generator=g).relu()

@@ -45,8 +45,8 @@ class Active:
     def on_tokens(cls, acts_nF: Tensor, on_nF: Tensor, real_BT: Tensor) -> Active:
         """These activations, without a bias yet, of the real tokens; every one of these has the bias beside them."""
         row, feature = on_nF.nonzero(as_tuple=True)
-        return cls._with_bias(row, feature, acts_nF.flatten().index_select(0, row * acts_nF.shape[1] + feature),
-                              acts_nF.shape[1], real_BT)  # fmt: skip
+        act_L = acts_nF.flatten().index_select(0, row * acts_nF.shape[1] + feature)
+        return cls._with_bias(row, feature, act_L, acts_nF.shape[1], real_BT)
 
     @classmethod
     @torch.no_grad()
@@ -55,7 +55,7 @@ class Active:
         reader = side if read_width(side, features) == side.width else side.narrowed(features)  # type: ignore[arg-type]
         parts, step = [], max(CHUNK_ELEMENTS // max(reader.width, 1), 1)
         reader.eval()
-        for start in range(0, len(x_nD), step):
+        for start in range(0, max(len(x_nD), 1), step):  # of no tokens too
             acts = reader.encode(x_nD[start : start + step].float())
             row, feature = acts.nonzero(as_tuple=True)
             parts.append((row + start, feature, acts[row, feature]))
