@@ -1,12 +1,11 @@
-"""The pair map's scores with a rotary embedding: only active features meet, or (as before) all that have a pair.
+"""The pair map's scores, where only active features meet: with a rotary embedding, without one, and by dense matrices.
 
     python benchmarks/pair_scores.py --repeats 5
 
-Shapes of an embedded model and of GPT-2 small with a rotary embedding, with random dictionaries whose features fire as
-unevenly as trained ones do (frequencies fall as 1 / √rank) and pairs that favour those that fire often; then the map
-without a rotary embedding, as it is and as one that turns nothing. Printed: processor seconds of one batch on one
-thread, forward and forward with backward (median of the repeats), and the most memory that the process of its own which
-measures a way has held, PyTorch and the making of the inputs included.
+Shapes of an embedded model and of GPT-2 small, with random dictionaries whose features fire as unevenly as trained ones
+do (frequencies fall as 1 / √rank) and pairs that favour those that fire often. Printed: processor seconds of one batch
+on one thread, forward and forward with backward (median of the repeats), and the most memory that the process of its
+own which measures a way has held, PyTorch and the making of the inputs included.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkscope.kernels.sparse_linear import SparseLayout, compressed, sparse_linear
-from qkscope.pairs.pair_map import Pairs, pair_scores, turn
+from qkscope.pairs.pair_map import Pairs, pair_scores
 from qkscope.pattern import PatternRule
 from qkscope.rotary import Rotary
 
@@ -50,59 +48,28 @@ SHAPES = {
 }
 
 
-LAYOUTS: dict[int, SparseLayout] = {}
-
-
-def wide_layout(pairs: Pairs, head: int, width: int) -> SparseLayout:
-    """A head's matrix with `width` columns a key feature; made once, as before."""
-    if head not in LAYOUTS:
-        used, column = pairs.key_columns[head]
-        columns = (column[:, None] * width + torch.arange(width)).flatten()
-        rows = pairs.query_P[pairs.of_head(head)].repeat_interleave(width)
-        LAYOUTS[head] = SparseLayout.of(rows, columns, pairs.n_query + 1, len(used) * width)
-    return LAYOUTS[head]
-
-
-def dense_rotary(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
-    """The former way: all key features that a head uses, H columns each, at every token."""
-    strength_P, acts_q, acts_k, rows_q, rows_k = leaves
-    assert rule.rotary is not None
-    batch, length = acts_q.shape[:2]
-    flat_Fn = acts_q.flatten(0, 1).T.contiguous()
-    active = compressed(flat_Fn)
-    order, phase = rule.rotary.phases()
-    rows_q, rows_k = rows_q[..., order], rows_k[..., order]
-    width, scores = rows_q.shape[-1], []
+def dense(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
+    """Without a rotary embedding, every feature at every token through a dense matrix a head."""
+    strength_P, acts_q, acts_k = leaves
+    scores = []
     for head in range(pairs.n_heads):
-        here, used = pairs.of_head(head), pairs.key_columns[head][0]
-        values = strength_P[here, None] * rule.scaling * rows_q[pairs.query_P[here], head]
-        y = sparse_linear(flat_Fn, values.flatten(), wide_layout(pairs, head, width), active).T
-        y = turn(y.reshape(batch, length, len(used), width), phase).flatten(2)
-        turned = turn(rows_k[used, head * rows_k.shape[1] // pairs.n_heads].expand(1, length, -1, -1), phase)
-        scores.append(y @ (acts_k[..., used, None] * turned).flatten(2).transpose(1, 2))
+        here = pairs.of_head(head)
+        whole = strength_P.new_zeros(pairs.n_query + 1, pairs.n_key + 1)
+        whole = whole.index_put((pairs.query_P[here], pairs.key_P[here]), strength_P[here] * rule.scaling)
+        scores.append(acts_q @ whole @ acts_k.transpose(1, 2))
     return torch.stack(scores, 1)
 
 
 def sparse(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
-    strength_P, acts_q, acts_k, rows_q, rows_k = leaves
+    strength_P, acts_q, acts_k, *both = leaves
+    rows_q, rows_k = both or (acts_q, acts_k)  # without a rotary embedding rows are not read
     return pair_scores(pairs, strength_P, acts_q, acts_k, rows_q, rows_k, rule)
 
 
-def as_events(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
-    """The map without a rotary embedding as one that turns nothing: a plane whose vectors are (1, 0)."""
-    strength_P, acts_q, acts_k, rows_q, rows_k = leaves
-    ones_q, ones_k = (torch.tensor([1.0, 0.0]).expand(*rows.shape[:2], 2) for rows in (rows_q, rows_k))
-    length = acts_q.shape[1]
-    still = Rotary(torch.ones(1, length, 2), torch.zeros(1, length, 2), torch.tensor([1, 0]))
-    turning = PatternRule(rule.visible_BQK, rule.scaling, rotary=still)
-    return pair_scores(pairs, strength_P, acts_q, acts_k, ones_q, ones_k, turning)
-
-
-WAYS: dict[str, tuple[bool, str, Callable[[Pairs, list[Tensor], PatternRule], Tensor]]] = {
-    "rotary, all used": (True, "before", dense_rotary),
-    "rotary, active only": (True, "now", sparse),
-    "plain": (False, "now", sparse),
-    "plain, active only": (False, "not taken", as_events),
+WAYS: dict[str, tuple[bool, Callable[[Pairs, list[Tensor], PatternRule], Tensor]]] = {
+    "rotary, active only": (True, sparse),
+    "plain, dense": (False, dense),
+    "plain, active only": (False, sparse),
 }
 
 
@@ -140,7 +107,7 @@ def case(shape: Shape, rotary: bool) -> tuple[Pairs, list[Tensor], PatternRule]:
 def measure(shape: Shape, way: str, repeats: int) -> dict[str, float]:
     """Seconds and megabytes of one way, to be run in a process of its own."""
     torch.set_num_threads(1)
-    rotary, _, scores = WAYS[way]
+    rotary, scores = WAYS[way]
     pairs, leaves, rule = case(shape, rotary)
     used = leaves if rotary else leaves[:3]
 
@@ -174,18 +141,18 @@ def main() -> None:
         print(f"\n{shape.name}, {shape.batch} x {shape.context} tokens, {shape.k:g} active features a token")
         print(f"{'':<22}{'forward s':>12}{'with backward s':>18}{'peak MB':>10}", flush=True)
         rows = {}
-        for way, (_, when, _) in WAYS.items():
+        for way in WAYS:
             command = [sys.executable, __file__, "--one", name, way, "--repeats", str(args.repeats)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
                 print(f"{way:<22}  ended with status {done.returncode}", flush=True)
                 continue
             rows[way] = row = json.loads(done.stdout)
-            print(f"{way:<22}{row['forward']:>12.3f}{row['both']:>18.3f}{row['megabytes']:>10.0f}  {when}", flush=True)
-        for before, now in (("rotary, all used", "rotary, active only"), ("plain", "plain, active only")):
-            if before in rows and now in rows:
-                ratio = [rows[before][key] / rows[now][key] for key in ("forward", "both")]
-                print(f"{now} against {before}: {ratio[0]:.1f} x and {ratio[1]:.1f} x as fast", flush=True)
+            print(f"{way:<22}{row['forward']:>12.3f}{row['both']:>18.3f}{row['megabytes']:>10.0f}", flush=True)
+        before, now = "plain, dense", "plain, active only"
+        if before in rows and now in rows:
+            ratio = [rows[before][key] / rows[now][key] for key in ("forward", "both")]
+            print(f"{now} against {before}: {ratio[0]:.1f} x and {ratio[1]:.1f} x as fast", flush=True)
 
 
 if __name__ == "__main__":

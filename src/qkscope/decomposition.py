@@ -27,7 +27,8 @@ from .errors import UserError
 from .files import read_tensors, write_atomic, write_tensors
 from .kernels.row_kl import exp
 from .norm import Norm
-from .pairs.pair_map import Pairs, pair_scores, rows, with_bias
+from .pairs.active import Active
+from .pairs.pair_map import Pairs, active_scores, rows
 from .pattern import AttentionInputs, PatternSource
 from .residual import Reading, ResidualTranscoder
 
@@ -114,14 +115,16 @@ class Decomposition:
     @torch.no_grad()
     def scores(self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None) -> Tensor:
         """Capped scores of the kept pairs (or of others), [B, N, Q, K], before the mask."""
-        x = self.x_of(inputs)
-        return pair_scores(
-            self.pairs if pairs is None else pairs,
+        x, pairs = self.x_of(inputs), self.pairs if pairs is None else pairs
+        every_BT = torch.ones_like(inputs.real_BT)  # scores of padding too: what becomes of them is the mask's to say
+        queries = Active.read(self.query, x.flatten(0, 1), every_BT, pairs.queries)
+        keys = Active.read(self.key, x.flatten(0, 1), every_BT, pairs.keys)
+        return active_scores(
+            pairs,
             self.strength_P if strength_P is None else strength_P,
-            with_bias(self.query.encode(x)),
-            with_bias(self.key.encode(x)),
-            rows(self.query, self.shape.N),
-            rows(self.key, self.shape.G),
+            queries,
+            keys,
+            lambda: (rows(self.query, self.shape.N), rows(self.key, self.shape.G)),
             inputs.rule,
         )
 

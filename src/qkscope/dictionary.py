@@ -16,6 +16,8 @@ Shapes: n tokens, D residual width, F features, M width of all heads together.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -63,15 +65,22 @@ class SparseTranscoder(nn.Module):
             old = getattr(self, name)
             setattr(self, name, nn.Parameter(old.index_select(dim, index), requires_grad=old.requires_grad))
 
+    def narrowed(self, index: Tensor) -> SparseTranscoder:
+        """A copy with these features alone, in this order; what it has in common with this one is shared."""
+        other = copy.copy(self)
+        other._parameters = self._parameters.copy()  # a module's own copy would share them
+        other.keep(index)
+        return other
+
     def norms(self) -> Tensor:
         """What an activation is multiplied by to give a size, [F]; not differentiated."""
         w = self.W_dec.detach()
         # TopK has no threshold to fold the metric into, and must choose in a reader's hands as it did in training.
         if self.metric is None or self.activation == "topk":
             return w.norm(dim=1)
-        n, h, _ = self.metric.shape
-        w = w.view(len(w), n, h)
-        return torch.einsum("fnh,nhg,fng->f", w, self.metric, w).clamp(min=0).sqrt()
+        heads = w.view(len(w), *self.metric.shape[:2]).unbind(1)  # one at a time: no copy of all of W_dec
+        squares = sum(torch.linalg.vecdot(w_FH @ c_HH, w_FH) for w_FH, c_HH in zip(heads, self.metric, strict=True))
+        return squares.clamp(min=0).sqrt()  # type: ignore[union-attr]
 
     def read(self, x_nD: Tensor) -> Tensor:
         """What the encoder sees of its input."""

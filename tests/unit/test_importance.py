@@ -107,13 +107,14 @@ def test_rough_importance_takes_one_row_in_four_of_a_rotary_layer(name: str) -> 
     close(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["half-split", "partial", "all"])
-def test_blocks_of_meetings_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("kept", [0, 1 << 27])
+@pytest.mark.parametrize("name", ["causal", "sink-softcap-padded", "half-split", "partial", "all"])
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str, kept: int) -> None:
     sample, sides = some_sample(name)
     whole = dense_importance(sample, sides)
     monkeypatch.setattr(room, "MEETING_ELEMENTS", 40)  # a few key events at a time
-    monkeypatch.setattr(room, "BLOCK_ELEMENTS", 13)  # two query features at a time
-    monkeypatch.setattr(room, "KEPT_ELEMENTS", 0)  # activations encoded anew for each head
+    monkeypatch.setattr(room, "CPU_BLOCK", 13)  # two key features at a time
+    monkeypatch.setattr(room, "KEPT_ELEMENTS", kept)  # 0: patterns are made anew for each block
     close(dense_importance(sample, sides), whole, 1e-5)
 
 
@@ -206,7 +207,7 @@ def test_rescaling_features_changes_no_importance() -> None:
 def test_ranking_is_the_dense_argsort(monkeypatch: pytest.MonkeyPatch, name: str, block: int) -> None:
     sample, sides = some_sample(name)
     dense = slow_importance(sample, sides)
-    monkeypatch.setattr(room, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(room, "CPU_BLOCK", block)
     for most in (1, 17, 60, 10_000):
         pairs, worth = rank_pairs(sample, *sides, most)
         order = dense.flatten().argsort(descending=True)

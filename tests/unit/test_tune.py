@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qkscope import dictionary
 from qkscope.dictionary import SparseTranscoder
+from qkscope.pairs.pair_map import with_bias
 from qkscope.pairs.tune import MapJob
 from qkscope.pattern import AttentionInputs
 from qkscope.training.objective import PatternTarget
@@ -159,9 +160,9 @@ def test_frozen_dictionaries_choose_as_a_reader_would() -> None:
     thresholds = job.query.threshold.clone(), job.key.threshold.clone()
     job.train()
     assert job.training and not job.query.training and not job.key.training
-    _, acts = job.kl_rows(PatternTarget(inputs))
-    x = inputs.x_BTD.flatten(0, 1)
-    assert torch.equal(acts["query"], job.query.eval().encode(x)) and torch.equal(acts["key"], job.key.eval().encode(x))
+    _, active = job.kl_rows(PatternTarget(inputs))
+    for side, transcoder in (("query", job.query), ("key", job.key)):
+        assert torch.equal(active[side].dense(), with_bias(transcoder.encode(inputs.x_BTD)))
     trained(job, inputs, 3)
     assert torch.equal(job.query.threshold, thresholds[0]) and torch.equal(job.key.threshold, thresholds[1])
     tuned = some_job(inputs, tuned=True)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from .row_sums import row_sums
 
 TILE = 16  # rows of y in one product
 
@@ -146,18 +147,13 @@ class _Meetings:
         return cls(event_E, pair_E, start_R, (by_event, pair, start_L.int()), begin_R.view(-1, TILE), groups)
 
 
-def _sums(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of rows of a table, [len(starts), H]."""
-    return embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
-
-
 class _SparseScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u_LH: Tensor, v_MH: Tensor, s_P: Tensor, meet: _Meetings, cells: Cells) -> Tensor:
         ctx.save_for_backward(u_LH, v_MH, s_P)
         ctx.meet, ctx.cells = meet, cells
         scores = u_LH.new_zeros(cells.place_FB.shape[1] * cells.length**2)
-        y_CTH = _tiles(_sums(meet.event_E, u_LH, meet.start_R, s_P.index_select(0, meet.pair_E)))
+        y_CTH = _tiles(row_sums(meet.event_E, u_LH, meet.start_R, s_P.index_select(0, meet.pair_E)))
         for tiles, cell_C, keys_CKH, place in _products(v_MH, meet, cells):
             found = y_CTH[tiles] @ keys_CKH.index_select(0, cell_C).transpose(1, 2)
             scores.scatter_add_(0, place, found.flatten())
@@ -170,7 +166,7 @@ class _SparseScores(torch.autograd.Function):
         grad, width = grads[0].contiguous(), u_LH.shape[1]
         with torch.enable_grad():
             weight_E = s_P.detach().index_select(0, meet.pair_E).requires_grad_()
-            y = _sums(meet.event_E, u_LH.detach(), meet.start_R, weight_E)
+            y = row_sums(meet.event_E, u_LH.detach(), meet.start_R, weight_E)
         y_CTH, to_y, to_v = _tiles(y.detach()), torch.empty_like(y), v_MH.new_zeros(len(v_MH) + 1, width)
         to_y[-1] = 0  # for what meets no key; the tiles are all written
         to_y_CTH = _tiles(to_y)
@@ -182,7 +178,7 @@ class _SparseScores(torch.autograd.Function):
             by_cell = torch.zeros_like(keys_CKH).index_add_(0, cell_C, g_CTK.transpose(1, 2) @ y_CTH[tiles])
             to_v[ctx.cells.keys[group].flatten()] = by_cell.flatten(0, 1)
         row_E, pair_E, start_L = meet.by_event
-        to_u = _sums(row_E, to_y, start_L, s_P.index_select(0, pair_E))
+        to_u = row_sums(row_E, to_y, start_L, s_P.index_select(0, pair_E))
         (to_weight_E,) = torch.autograd.grad(y, weight_E, to_y)
         to_s = torch.zeros_like(s_P).index_add_(0, meet.pair_E, to_weight_E)
         return to_u, to_v[:-1], to_s, None, None

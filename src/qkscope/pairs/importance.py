@@ -4,47 +4,68 @@ Taking a pair out changes score row i by δ_ij, which to second order costs ½·
 
     I[a,b,h] = ½ · scale² · E_i[ a_q[i,a]² · Var_{j∼P_i}( M[a,b,h](i-j) · a_k[j,b] ) ]
 
-Without a rotary embedding M leaves the variance and one product a head ranks every pair. With one, the terms of the
-variance are made for every active feature of a query and every active feature of a key; both are few. Blocks of [query
-features, key features] of one head go by, one at a time, and the best pairs stay in a bounded list. A soft cap enters
-by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
+Without a rotary embedding M leaves the variance: that is made for the key features that are active in a sequence, from
+the tokens that they are active at; a sparse product with the queries' squares and a dense one for M rank every pair,
+and M is made only of the query features of a block that can still have a pair among the best. With one, the terms of
+the variance are made for every active feature of a query and every active feature of a key; both are few. Blocks of
+[query features, key features] of one head go by, one at a time, and the best pairs stay in a bounded list. A soft cap
+enters by its slope at each score; the mass on a learned sink counts as an outcome with δ = 0.
 
 With a rotary embedding that is the dearest part of pruning. Rows of one sequence are much alike, so `rough` takes one
 in `ROUGH`, other places in every sequence: a quarter of the work, and an estimate without bias.
 
-Shapes as in pair_map.py; a batch's tokens are its unpadded ones.
+Shapes as in pair_map.py and active.py; a batch's tokens are its unpadded ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..dictionary import SparseTranscoder
 from ..kernels.row_kl import exp
+from ..kernels.row_sums import row_sums, starts_of
 from ..pattern import AttentionInputs
 from ..training.start import slopes
-from .pair_map import Pairs, rows, turned_rows, with_bias
+from .active import Active
+from .pair_map import Pairs, rows, turned_rows
 
-KEPT_ELEMENTS = 1 << 27  # activations of a sample that stay in memory while its heads go by: 512 MB
-BLOCK_ELEMENTS = 1 << 26  # elements of one [query features, key features] block: 256 MB in float32
+KEPT_ELEMENTS = 1 << 27  # of one head's patterns that stay in memory while its blocks go by: 512 MB
+CPU_BLOCK = 1 << 22  # elements of one [query features, key features] block: 16 MB, near the cache
+GPU_BLOCK = 1 << 26
+SLACK = 1e-3  # by which a bound may be wrong for rounding
 ROUGH = 4  # rows of scores of which one is taken, where a rough answer will do
 MEETING_ELEMENTS = 1 << 20  # meetings of active features made at once with a rotary embedding: 4 MB, near the cache
 
 
 @dataclass
 class Seen:
-    """One batch as the pair map sees it; activations carry the bias feature, and are zero at padding."""
+    """One batch as the pair map sees it: what is active at its unpadded tokens, the bias among it."""
 
     inputs: AttentionInputs
-    acts_q_BTF: Tensor
-    acts_k_BTF: Tensor
+    queries: Active
+    keys: Active
 
     n_rows: int
     """Tokens whose rows of scores count."""
+
+    @cached_property
+    def acts_q_BTF(self) -> Tensor:
+        """Activations with their zeros and the bias, [B, T, F + 1]; zero at padding and in rows that do not count."""
+        return self.queries.dense()
+
+    @cached_property
+    def acts_k_BTF(self) -> Tensor:
+        return self.keys.dense()
+
+    @cached_property
+    def keys_by_feature(self) -> Active:
+        return self.keys.by_feature()
 
     def weights(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
         """P, P·f' and P·f'² of one head, [B, Q, K]: P the true pattern (no sink column), f' the slope of the cap."""
@@ -57,41 +78,42 @@ class Seen:
         return pattern, pattern * slope[:, 0], pattern * slope[:, 0].square()
 
 
-@torch.no_grad()
-def see(inputs: AttentionInputs, query: SparseTranscoder, key: SparseTranscoder, rows_BT: Tensor | None = None) -> Seen:
-    """Encode one batch, with the dictionaries as they are at inference; queries only in these rows of scores."""
+def see(
+    inputs: AttentionInputs,
+    query: SparseTranscoder,
+    key: SparseTranscoder,
+    rows_BT: Tensor | None = None,
+    features: tuple[Tensor, Tensor] | None = None,
+) -> Seen:
+    """Encode one batch, with the dictionaries as they are at inference; queries only in these rows of scores.
+
+    `features`: the only query and key features that are wanted, if not all are; the biases are there in any case.
+    """
     real = inputs.real_BT
     rows_BT = real if rows_BT is None else rows_BT & real
-    acts_q, acts_k = (
-        with_bias(side.eval().encode(inputs.x_BTD.float())) * where[..., None]
-        for side, where in ((query, rows_BT), (key, real))
-    )
-    return Seen(inputs, acts_q, acts_k, int(rows_BT.sum()))
+    of_q, of_k = features or (None, None)
+    queries = Active.read(query, inputs.x_BTD[rows_BT], rows_BT, of_q)
+    keys = Active.read(key, inputs.x_BTD[real], real, of_k)
+    return Seen(inputs, queries, keys, int(rows_BT.sum()))
 
 
 def seen(
-    sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder, *, rough: bool = False
-) -> Iterable[Seen]:
-    """The batches of a sample, encoded; kept where they are small, made anew at each turn where they are not."""
-    elements = sum(inputs.real_BT.numel() for inputs in sample) * (query.width + key.width)
-    items = _Items(sample, query, key, ROUGH if rough and sample[0].rule.rotary is not None else 1)
-    return list(items) if elements <= KEPT_ELEMENTS else items
-
-
-@dataclass
-class _Items:
-    sample: Sequence[AttentionInputs]
-    query: SparseTranscoder
-    key: SparseTranscoder
-    stride: int
-
-    def __iter__(self) -> Iterator[Seen]:
-        sequences = 0
-        for inputs in self.sample:
-            batch, length = inputs.real_BT.shape
-            place_BT = torch.arange(batch)[:, None] + torch.arange(length) + sequences
-            yield see(inputs, self.query, self.key, (place_BT % self.stride == 0).to(inputs.real_BT.device))
-            sequences += batch
+    sample: Sequence[AttentionInputs],
+    query: SparseTranscoder,
+    key: SparseTranscoder,
+    *,
+    rough: bool = False,
+    features: tuple[Tensor, Tensor] | None = None,
+) -> list[Seen]:
+    """The batches of a sample, encoded."""
+    stride = ROUGH if rough and sample[0].rule.rotary is not None else 1
+    items, sequences = [], 0
+    for inputs in sample:
+        batch, length = inputs.real_BT.shape
+        place_BT = torch.arange(batch)[:, None] + torch.arange(length) + sequences
+        items.append(see(inputs, query, key, (place_BT % stride == 0).to(inputs.real_BT.device), features))
+        sequences += batch
+    return items
 
 
 @torch.no_grad()
@@ -106,8 +128,9 @@ def rank_pairs(
     """The `most` most important pairs and their importance [P] in nats; features that never fire are left out."""
     n_heads = sample[0].q_BTNH.shape[2]
     best = _Best(most, query.W_dec.device)
-    for head, queries, keys, worth in importance_blocks(sample, query, key, rough=rough):
+    for head, queries, keys, worth in importance_blocks(sample, query, key, rough=rough, least=lambda: best.least):
         best.add(worth, queries, keys, head)
+    best.sort_out()
     pairs, order = Pairs.sorted(best.index[0], best.index[1], best.index[2], query.width, key.width, n_heads)
     return pairs, best.worth[order]
 
@@ -123,58 +146,125 @@ def pair_importance(
 ) -> Tensor:
     """Importance of these pairs at strength 1 of their weights, nats [P]; a strength of s multiplies it by s²."""
     total = torch.zeros(len(pairs), device=query.W_dec.device)
-    place_q, place_k = (torch.full((side.width + 1,), -1, device=total.device) for side in (query, key))
-    for head, queries, keys, worth in importance_blocks(sample, query, key, rough=rough):
+    items = seen(sample, query, key, rough=rough, features=(pairs.queries, pairs.keys))
+    n_heads, n_groups = sample[0].q_BTNH.shape[2], sample[0].k_BTGH.shape[2]
+    rows_q, rows_k = rows(query, n_heads), rows(key, n_groups)
+    firing = [torch.zeros(len(r), dtype=torch.bool, device=total.device) for r in (rows_q, rows_k)]
+    for mask, features in zip(firing, _firing(items), strict=True):
+        mask[features] = True
+    for head in range(n_heads):
         here = pairs.of_head(head)
-        place_q.fill_(-1)[queries] = torch.arange(len(queries), device=total.device)
-        place_k.fill_(-1)[keys] = torch.arange(len(keys), device=total.device)
-        a, b = place_q[pairs.query_P[here]], place_k[pairs.key_P[here]]
-        total[here] += torch.where((a >= 0) & (b >= 0), worth[a.clamp(min=0), b.clamp(min=0)], 0.0)
+        meet = (firing[0][pairs.query_P[here]] & firing[1][pairs.key_P[here]]).nonzero()[:, 0] + here.start
+        queries, a = pairs.query_P[meet].unique(return_inverse=True)
+        keys, b = pairs.key_P[meet].unique(return_inverse=True)
+        done = 0
+        for _, part, worth in _blocks(items, head, queries, keys, rows_q, rows_k):
+            inside = ((b >= done) & (b < done + len(part))).nonzero()[:, 0]
+            total[meet[inside]] = worth[a[inside], b[inside] - done]
+            done += len(part)
     return total
 
 
 def importance_blocks(
-    sample: Sequence[AttentionInputs], query: SparseTranscoder, key: SparseTranscoder, *, rough: bool = False
+    sample: Sequence[AttentionInputs],
+    query: SparseTranscoder,
+    key: SparseTranscoder,
+    *,
+    rough: bool = False,
+    least: Callable[[], float] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(head, query features, key features, their importance [queries, keys] in nats), block by block."""
-    rule = sample[0].rule
+    """(head, query features, key features, their importance [queries, keys] in nats), block by block.
+
+    `least`: what importance must exceed to be of interest, asked for at each block. Query features of a block that
+    have no such pair may then be left out of it.
+    """
     n_heads, n_groups = sample[0].q_BTNH.shape[2], sample[0].k_BTGH.shape[2]
     rows_q, rows_k = rows(query, n_heads), rows(key, n_groups)
     items = seen(sample, query, key, rough=rough)
     queries, keys = _firing(items)
-    add = _add_plain if rule.rotary is None else _add_rotary
     for head in range(n_heads):
-        right = rows_k[keys, head * n_groups // n_heads]
-        for part in queries.split(max(BLOCK_ELEMENTS // len(keys), 1)):
-            left = rows_q[part, head]
-            moment = torch.zeros(len(part), len(keys), device=rows_q.device)
-            count = 0
-            for item in items:
-                count += item.n_rows
-                add(moment, item, head, part, keys, left, right)
-            worth = moment * (0.5 * rule.scaling**2 / count)
-            if rule.rotary is None and rule.shift_free:  # a constant along the row cancels in the softmax
-                worth[:, keys == key.width] = 0
-            yield head, part, keys, worth
+        for row, part, worth in _blocks(items, head, queries, keys, rows_q, rows_k, least):
+            yield head, queries[row], part, worth
+
+
+def _blocks(
+    items: list[Seen],
+    head: int,
+    queries: Tensor,
+    keys: Tensor,
+    rows_q: Tensor,
+    rows_k: Tensor,
+    least: Callable[[], float] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Importance of one head's [query features, key features], both ascending, some keys at a time.
+
+    With it which of the query features these are: all, or those that may have a pair of more than `least`.
+    """
+    if not (len(queries) and len(keys)):
+        return
+    rule = items[0].inputs.rule
+    kind = _Plain if rule.rotary is None else _Rotary
+    left, right = rows_q[queries, head], rows_k[keys, head * rows_k.shape[1] // rows_q.shape[1]]
+    left = left * (0.5 * rule.scaling**2 / sum(item.n_rows for item in items)) ** 0.5
+    every = torch.arange(len(queries), device=left.device)
+    parts = torch.arange(len(keys), device=left.device).split(max(_block_elements(left.device) // len(queries), 1))
+    elements = sum(item.inputs.real_BT.numel() * item.inputs.real_BT.shape[1] for item in items)
+
+    def prepared() -> Iterator[_Plain | _Rotary]:
+        return (kind(item, head, queries, left) for item in items)
+
+    held = list(prepared()) if len(parts) > 1 and elements <= KEPT_ELEMENTS else None
+    squares_Q = left.square().sum(1)
+    for part in parts:
+        worth = torch.zeros(len(queries), len(part), device=left.device)
+        for item in held or prepared():
+            item.add(worth, keys[part], right[part])
+        rows = every
+        if rule.rotary is None:  # it stands for M² = |left|² |right|² by now, which it cannot exceed
+            if rule.shift_free and int(keys[part[-1]]) == len(rows_k) - 1:
+                worth[:, -1] = 0  # the key's bias: a constant along the row cancels in the softmax
+            if least is not None:
+                rows = (worth.amax(1) * squares_Q > least() * (1 - SLACK)).nonzero()[:, 0]
+                worth = worth[rows]
+            worth = worth.mul_((left[rows] @ _unit(right[part]).T).square_())
+        yield rows, keys[part], worth
+
+
+def _unit(rows_FH: Tensor) -> Tensor:
+    return rows_FH / rows_FH.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows_FH.dtype).tiny)
+
+
+def _block_elements(device: torch.device) -> int:
+    return CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
 class _Best:
-    """The highest-ranked pairs so far."""
+    """The highest-ranked pairs so far, and some more: they are sorted out once there are twice as many as wanted."""
 
     def __init__(self, limit: int, device: torch.device) -> None:
-        self.limit = limit
+        self.limit, self.least = limit, 0.0
         self.worth = torch.zeros(0, device=device)
         self.index = torch.zeros(3, 0, dtype=torch.int64, device=device)
 
     def add(self, worth: Tensor, queries: Tensor, keys: Tensor, head: int) -> None:
-        flat = worth.flatten()
-        value, place = flat.topk(min(self.limit, len(flat)))
-        place, value = place[value > 0], value[value > 0]
-        index = torch.stack([queries[place // len(keys)], keys[place % len(keys)], torch.full_like(place, head)])
-        self.worth, self.index = torch.cat([self.worth, value]), torch.cat([self.index, index], 1)
+        if not len(queries):
+            return
+        rows = (worth.amax(1) > self.least).nonzero()[:, 0]  # of a block few have anything to add
+        flat = worth[rows].flatten()
+        place = (flat > self.least).nonzero()[:, 0]
+        if len(place) > self.limit:
+            place = place[flat[place].topk(self.limit).indices]
+        a, b = queries[rows[place // len(keys)]], keys[place % len(keys)]
+        self.worth = torch.cat([self.worth, flat[place]])
+        self.index = torch.cat([self.index, torch.stack([a, b, torch.full_like(a, head)])], 1)
+        if len(self.worth) >= 2 * self.limit:
+            self.sort_out()
+
+    def sort_out(self) -> None:
         if len(self.worth) > self.limit:
             self.worth, order = self.worth.topk(self.limit)
             self.index = self.index[:, order]
+            self.least = float(self.worth[-1])
 
 
 def firing_features(
@@ -185,53 +275,99 @@ def firing_features(
 
 
 def _firing(items: Iterable[Seen]) -> tuple[Tensor, Tensor]:
-    fired = [((i.acts_q_BTF > 0).flatten(0, 1).any(0), (i.acts_k_BTF > 0).flatten(0, 1).any(0)) for i in items]
-    queries, keys = (torch.stack(side).any(0).nonzero()[:, 0] for side in zip(*fired, strict=True))
+    sides = zip(*((item.queries.fired, item.keys.fired) for item in items), strict=True)
+    queries, keys = (torch.cat(side).unique() for side in sides)
     return queries, keys
 
 
-def _add_plain(
-    moment: Tensor, item: Seen, head: int, queries: Tensor, keys: Tensor, left: Tensor, right: Tensor
-) -> None:
-    """Add M² Σ_i a_q² Var(a_k): one product, since M does not depend on the position."""
-    _, first, second = item.weights(head)
-    acts = item.acts_k_BTF[..., keys]
-    variance = second @ acts.square() - (first @ acts).square()
-    squares = item.acts_q_BTF[..., queries].square().flatten(0, 1).T
-    moment += (left @ right.T).square() * (squares @ variance.flatten(0, 1))
+def _events_of(active: Active, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the active ones, ordered by feature, are of these ascending features, and each one's place there."""
+    ends = torch.stack([features[0], features[-1] + 1])
+    first, last = torch.searchsorted(active.events.feature_L, ends).tolist()
+    here = active.events.feature_L[first:last]
+    place = torch.searchsorted(features, here)
+    inside = (features[place] == here).nonzero()[:, 0]
+    return inside + first, place[inside]
 
 
-def _add_rotary(
-    moment: Tensor, item: Seen, head: int, queries: Tensor, keys: Tensor, left: Tensor, right: Tensor
-) -> None:
-    """Add Σ_i a_q² Var_j(M(i-j) a_k), with M(i-j) = ⟨R_i W_q, R_j W_k⟩ kept inside the variance.
+class _Plain:
+    """One head on one batch: Σ_i a_q² Var_j(a_k) |right|². M, of unit keys, is then to come: no position is in it."""
+
+    def __init__(self, item: Seen, head: int, queries: Tensor, left: Tensor) -> None:
+        self.keys = item.keys_by_feature
+        _, first, second = item.weights(head)
+        self.first_KQ = first.transpose(1, 2).flatten(0, 1).contiguous()
+        self.second_KQ = self.first_KQ if second is first else second.transpose(1, 2).flatten(0, 1).contiguous()
+        by_query = item.queries.by_feature()
+        index, row = _events_of(by_query, queries)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+            self.squares = torch.sparse_csr_tensor(
+                torch.cat([starts_of(row, len(queries)), row.new_tensor([len(row)])]), by_query.events.token_L[index],
+                by_query.act_L[index].square(), (len(queries), len(self.first_KQ)), check_invariants=False,
+            )  # fmt: skip
+
+    def add(self, total: Tensor, keys: Tensor, right: Tensor) -> None:
+        batch, length = self.keys.batch, self.keys.length
+        index, column = _events_of(self.keys, keys)
+        token, act = self.keys.events.token_L[index], self.keys.act_L[index]
+        cell, place = (column * batch + token // length).unique_consecutive(return_inverse=True)
+        start = starts_of(place, len(cell))
+        variance = row_sums(token, self.second_KQ, start, act.square())
+        variance -= row_sums(token, self.first_KQ, start, act).square_()
+        table_BCQ = variance.new_zeros(batch, len(keys), length)
+        table_BCQ[cell % batch, cell // batch] = variance * right.square().sum(1)[cell // batch, None]
+        total.addmm_(self.squares, table_BCQ.transpose(1, 2).reshape(batch * length, len(keys)))
+
+
+class _Rotary:
+    """One head on one batch: Σ_i a_q² Var_j(M(i-j) a_k), with M(i-j) = ⟨R_i W_q, R_j W_k⟩ kept inside the variance.
 
     δ is made for each active query feature e and active key feature f of a sequence, [m, L] at once, weighted with what
     the query of e sees of the key of f, and added up over the keys of each key feature.
     """
-    rotary = item.inputs.rule.rotary
-    assert rotary is not None
-    order, phase = rotary.phases()
-    left, right = left[:, order], right[:, order]
-    _, first, second = item.weights(head)
-    for b in range(len(first)):
-        turns = phase[b if len(phase) > 1 else 0]
-        token_L, query_L = item.acts_q_BTF[b][:, queries].nonzero(as_tuple=True)
-        key_M, token_M = item.acts_k_BTF[b][:, keys].T.nonzero(as_tuple=True)
-        if not (len(token_L) and len(token_M)):
-            continue
-        u_LH = turned_rows(left, query_L, item.acts_q_BTF[b][token_L, queries[query_L]], turns[token_L])
-        v_MH = turned_rows(right, key_M, item.acts_k_BTF[b][token_M, keys[key_M]], turns[token_M])
-        seen_M, place_M = key_M.unique_consecutive(return_inverse=True)
-        mean = left.new_zeros(len(seen_M), len(token_L))
+
+    def __init__(self, item: Seen, head: int, queries: Tensor, left: Tensor) -> None:
+        rotary = item.inputs.rule.rotary
+        assert rotary is not None
+        self.keys, (self.order, phase) = item.keys_by_feature, rotary.phases()
+        self.phase_BTh = phase.expand(self.keys.batch, -1, -1)
+        _, first, second = item.weights(head)
+        self.first_BKQ = first.transpose(1, 2).contiguous()
+        self.second_BKQ = None if second is first else second.transpose(1, 2).contiguous()
+        by_query = item.queries.by_feature()
+        index, row = _events_of(by_query, queries)
+        token, act = by_query.events.token_L[index], by_query.act_L[index]
+        sequence, place = token // self.keys.length, token % self.keys.length
+        turned = turned_rows(left[:, self.order], row, act, self.phase_BTh[sequence, place])
+        each = [(sequence == b).nonzero()[:, 0] for b in range(self.keys.batch)]
+        self.queries = [(place[here], row[here], turned[here]) for here in each]
+
+    def add(self, total: Tensor, keys: Tensor, right: Tensor) -> None:
+        index, column = _events_of(self.keys, keys)
+        token, act = self.keys.events.token_L[index], self.keys.act_L[index]
+        sequence, place = token // self.keys.length, token % self.keys.length
+        turned = turned_rows(right[:, self.order], column, act, self.phase_BTh[sequence, place])
+        for b, (query_L, row_L, u_LH) in enumerate(self.queries):
+            here = (sequence == b).nonzero()[:, 0]
+            if len(here) and len(query_L):
+                variance, seen = self._variance(b, query_L, u_LH, place[here], column[here], turned[here])
+                rows, inner = row_L.unique_consecutive(return_inverse=True)
+                sums = variance.new_zeros(len(rows), len(seen)).index_add_(0, inner, variance.T)
+                total[rows[:, None], seen] += sums
+
+    def _variance(
+        self, b: int, query_L: Tensor, u_LH: Tensor, key_M: Tensor, column_M: Tensor, v_MH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of δ of each active query feature and each key feature of a sequence, and the latters' columns."""
+        seen, place_M = column_M.unique_consecutive(return_inverse=True)
+        mean = u_LH.new_zeros(len(seen), len(query_L))
         square = torch.zeros_like(mean)
-        by_key = [weights[b].T.contiguous() for weights in ((first,) if second is first else (first, second))]
-        for part in torch.arange(len(token_M), device=left.device).split(max(MEETING_ELEMENTS // len(token_L), 1)):
+        for part in torch.arange(len(key_M), device=key_M.device).split(max(MEETING_ELEMENTS // len(query_L), 1)):
             delta = v_MH[part] @ u_LH.T
-            weight = by_key[0].index_select(0, token_M[part]).index_select(1, token_L)
+            weight = self.first_BKQ[b].index_select(0, key_M[part]).index_select(1, query_L)
             mean.index_add_(0, place_M[part], weight.mul(delta))
-            if second is not first:
-                weight = by_key[1].index_select(0, token_M[part]).index_select(1, token_L)
+            if self.second_BKQ is not None:
+                weight = self.second_BKQ[b].index_select(0, key_M[part]).index_select(1, query_L)
             square.index_add_(0, place_M[part], weight.mul_(delta).mul_(delta))
-        variance = square.sub_(mean.square_())
-        moment[:, seen_M] += left.new_zeros(len(left), len(seen_M)).index_add_(0, query_L, variance.T)
+        return square.sub_(mean.square_()), seen

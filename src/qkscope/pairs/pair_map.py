@@ -6,15 +6,15 @@
 Each side has one more feature, its bias, always active with value 1, whose decoder row is `b_out`; it stands behind the
 others (index F here, -1 in an artefact). Nothing is left out: with every pair kept the scores are step 1's.
 
-No [Fq, Fk, N] tensor exists: each head sums over its kept pairs by a sparse product on the query side and a dense one
-over the key features that the head uses. With a rotary embedding every pair would have H columns of its own there, so
-instead only features that are active meet (kernels/sparse_scores.py).
+No [Fq, Fk, N] tensor exists, and none over all features of a batch: only features that are active meet, by sums over
+pairs and rows (kernels/plain_scores.py) or, with a rotary embedding, by small products (kernels/sparse_scores.py).
 
 Shapes: P kept pairs, F features of a side (bias not counted), n = B·T tokens; others as in attention.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ..dictionary import SparseTranscoder
-from ..kernels.sparse_linear import SparseLayout, compressed, sparse_linear
-from ..kernels.sparse_scores import Cells, Events, sparse_scores
+from ..kernels.plain_scores import HeadLayout, PlainLayout, plain_scores
+from ..kernels.sparse_scores import Cells, sparse_scores
 from ..pattern import PatternRule
 from ..rotary import Rotary
+from .active import Active
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,25 @@ class Pairs:
         return slice(self.starts[head], self.starts[head + 1])
 
     @cached_property
-    def key_columns(self) -> list[tuple[Tensor, Tensor]]:
-        """For each head the key features that it uses, and each of its pairs' place among them."""
-        parts = (self.key_P[self.of_head(n)].unique(return_inverse=True) for n in range(self.n_heads))
-        return [(used, column) for used, column in parts]
-
-    def layout(self, head: int) -> SparseLayout:
-        """Layout of one head's matrix [query features, used key features]; made once."""
-        found = self._layouts.get(head)
-        if found is None:
-            used, column = self.key_columns[head]
-            found = SparseLayout.of(self.query_P[self.of_head(head)], column, self.n_query + 1, len(used))
-            self._layouts[head] = found
-        return found
+    def queries(self) -> Tensor:
+        """The query features that have a pair, the bias not among them."""
+        used = self.query_P.unique()
+        return used[used < self.n_query]
 
     @cached_property
-    def _layouts(self) -> dict[int, SparseLayout]:
-        return {}
+    def keys(self) -> Tensor:
+        """The same of the key side."""
+        used = self.key_P.unique()
+        return used[used < self.n_key]
+
+    @cached_property
+    def plain_layout(self) -> PlainLayout:
+        """How the pairs are summed up without a rotary embedding; made once."""
+        used, row_P = self.query_P.unique(return_inverse=True)
+        row_F = self.query_P.new_full((self.n_query + 1,), -1)
+        row_F[used] = torch.arange(len(used), device=row_F.device)
+        heads = [HeadLayout.of(here, row_P[here], self.key_P[here]) for here in map(self.of_head, range(self.n_heads))]
+        return PlainLayout(heads, row_F, len(used), self.n_key + 1)
 
 
 def with_bias(acts: Tensor) -> Tensor:
@@ -126,77 +129,69 @@ def pair_scores(
     rule: PatternRule,
     reach: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Capped scores from the kept pairs, float32 [B, N, Q, K], before the mask.
+    """`active_scores` of dense activations that carry the bias feature (`with_bias`), [B, T, F + 1] a side.
 
-    Activations carry the bias feature (`with_bias`); a head without pairs has scores of zero. With a rotary embedding
-    the gradient of an activation is made where it is not zero, or where `reach` says, bool [B, T, F + 1] a side: zero
+    Gradients reach the activations that are not zero, or those that `reach` says, bool [B, T, F + 1] a side: zero
     activations stand behind a step that lets no gradient pass, but for JumpReLU's near its thresholds.
     """
+    on_q, on_k = reach or (None, None)
+    queries, keys = Active.of(acts_q_BTF, on_q), Active.of(acts_k_BTF, on_k)
+    return active_scores(pairs, strength_P, queries, keys, lambda: (rows_q, rows_k), rule)
+
+
+def active_scores(
+    pairs: Pairs,
+    strength_P: Tensor,
+    queries: Active,
+    keys: Active,
+    both_rows: Callable[[], tuple[Tensor, Tensor]],
+    rule: PatternRule,
+) -> Tensor:
+    """Capped scores from the kept pairs, float32 [B, N, Q, K], before the mask; a head without pairs has zeros.
+
+    Differentiable in the strengths, the activations and, with a rotary embedding, the decoder rows of both sides
+    (`rows`), which are not asked for without one.
+    """
+    strength_P = strength_P * rule.scaling
     if rule.rotary is None:
-        scores = _plain_scores(pairs, strength_P * rule.scaling, acts_q_BTF, acts_k_BTF)
+        both = queries.events, queries.act_L, keys.events, keys.act_L
+        scores = plain_scores(*both, strength_P, pairs.plain_layout, keys.batch, keys.length)
     else:
-        on_q, on_k = reach or (acts_q_BTF != 0, acts_k_BTF != 0)
-        strength_P = strength_P * rule.scaling
-        scores = _rotary_scores(pairs, strength_P, acts_q_BTF, acts_k_BTF, rows_q, rows_k, rule.rotary, on_q, on_k)
+        scores = _rotary_scores(pairs, strength_P, queries, keys, *both_rows(), rule.rotary)
     return rule.cap(scores)
 
 
-def _plain_scores(pairs: Pairs, strength_P: Tensor, acts_q_BTF: Tensor, acts_k_BTF: Tensor) -> Tensor:
-    batch, length = acts_q_BTF.shape[:2]
-    flat_Fn = acts_q_BTF.flatten(0, 1).T.contiguous()
-    active = compressed(flat_Fn)
-    scores = []
-    for head in range(pairs.n_heads):
-        used, _ = pairs.key_columns[head]
-        if not len(used):
-            scores.append(acts_q_BTF.new_zeros(batch, length, length))
-            continue
-        y_Cn = sparse_linear(flat_Fn, strength_P[pairs.of_head(head)], pairs.layout(head), active)
-        scores.append(y_Cn.T.unflatten(0, (batch, length)) @ acts_k_BTF[..., used].transpose(1, 2))
-    return torch.stack(scores, 1)
-
-
 def _rotary_scores(
-    pairs: Pairs,
-    strength_P: Tensor,
-    acts_q_BTF: Tensor,
-    acts_k_BTF: Tensor,
-    rows_q: Tensor,
-    rows_k: Tensor,
-    rotary: Rotary,
-    on_q_BTF: Tensor,
-    on_k_BTF: Tensor,
+    pairs: Pairs, strength_P: Tensor, queries: Active, keys: Active, rows_q: Tensor, rows_k: Tensor, rotary: Rotary
 ) -> Tensor:
-    batch, length = acts_q_BTF.shape[:2]
+    batch, length = keys.batch, keys.length
     order, phase = rotary.phases()
     phase_nh = phase.expand(batch, -1, -1).flatten(0, 1)
     heads_q, groups_k = rows_q[..., order].unbind(1), rows_k[..., order].unbind(1)
     # The query's bias is at every token: it meets the sum of its keys instead of each of them.
-    queries = Events.by_token(on_q_BTF.flatten(0, 1)[:, : pairs.n_query])
-    keys = Events.by_feature(on_k_BTF.flatten(0, 1))
-    cells = Cells.of(keys, pairs.n_key + 1, batch, length)
-    a_q_L, a_k_M = _at(acts_q_BTF, queries), _at(acts_k_BTF, keys)
-    phase_Lh, phase_Mh = phase_nh[queries.token_L], phase_nh[keys.token_L]
+    on_bias = queries.events.feature_L == pairs.n_query
+    bias = queries.take(on_bias.nonzero()[:, 0])
+    bias_n = bias.act_L.new_zeros(batch * length).index_put((bias.events.token_L,), bias.act_L)
+    queries, keys = queries.take((~on_bias).nonzero()[:, 0]), keys.by_feature()
+    at_q, at_k = queries.events, keys.events
+    cells = Cells.of(at_k, pairs.n_key + 1, batch, length)
+    phase_Lh, phase_Mh = phase_nh[at_q.token_L], phase_nh[at_k.token_L]
     scores = []
     for head in range(pairs.n_heads):
         here = pairs.of_head(head)
-        bias = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # its pairs are the head's last
-        u_LH = turned_rows(heads_q[head], queries.feature_L, a_q_L, phase_Lh)
+        end = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # the bias's pairs are the head's last
+        u_LH = turned_rows(heads_q[head], at_q.feature_L, queries.act_L, phase_Lh)
         group = head * len(groups_k) // pairs.n_heads
-        v_MH = turned_rows(groups_k[group], keys.feature_L, a_k_M, phase_Mh)
-        pair = slice(here.start, bias)
-        found = sparse_scores(u_LH, v_MH, strength_P[pair], pairs.query_P[pair], pairs.key_P[pair], queries, cells)
-        if bias < here.stop:
-            pair = slice(bias, here.stop)
+        v_MH = turned_rows(groups_k[group], at_k.feature_L, keys.act_L, phase_Mh)
+        pair = slice(here.start, end)
+        found = sparse_scores(u_LH, v_MH, strength_P[pair], pairs.query_P[pair], pairs.key_P[pair], at_q, cells)
+        if end < here.stop:
+            pair = slice(end, here.stop)
             strength_F = strength_P.new_zeros(pairs.n_key + 1).index_put((pairs.key_P[pair],), strength_P[pair])
             sums_nH = v_MH.new_zeros(batch * length, v_MH.shape[1])
-            sums_nH = sums_nH.index_add(0, keys.token_L, v_MH * strength_F[keys.feature_L, None])
-            query_BTH = turn(heads_q[head][-1].expand(len(phase), length, 1, -1), phase)[:, :, 0] * acts_q_BTF[..., -1:]
+            sums_nH = sums_nH.index_add(0, at_k.token_L, v_MH * strength_F[at_k.feature_L, None])
+            query_BTH = turn(heads_q[head][-1].expand(len(phase), length, 1, -1), phase)[:, :, 0]
+            query_BTH = query_BTH * bias_n.view(batch, length, 1)
             found = found + query_BTH @ sums_nH.view(batch, length, -1).transpose(1, 2)
         scores.append(found)
     return torch.stack(scores, 1)
-
-
-def _at(acts_BTF: Tensor, events: Events) -> Tensor:
-    """The activations of these events, [L]."""
-    return acts_BTF.flatten().index_select(0, events.token_L * acts_BTF.shape[-1] + events.feature_L)

@@ -26,7 +26,8 @@ from ..pattern import PatternRule
 from ..training.job import Job
 from ..training.objective import PatternTarget, sparsity_loss
 from ..training.pair_penalty import pair_penalty
-from .pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
+from .active import Active
+from .pair_map import Pairs, active_scores, rows, weight_strength
 
 
 class MapJob(Job):
@@ -62,6 +63,7 @@ class MapJob(Job):
         self.register_buffer("head_P", pairs.head_P)
         self.factor_P = nn.Parameter(torch.ones(len(pairs), device=query.W_dec.device))
         self._pairs: Pairs | None = None
+        self._frozen_P: tuple[Tensor, Tensor] | None = None  # of which pairs, and their weights' strengths
         self.worth_P: Tensor | None = None  # importance of the pairs as last measured, for the next pruning
         self.train()
 
@@ -95,47 +97,55 @@ class MapJob(Job):
         """What multiplies a pair's activations before the scale (with a rotary embedding: its M(i-j)), [P]."""
         if rule.rotary is not None:
             return self.factor_P
-        n_groups = self.n_groups(rule)
-        return self.factor_P * weight_strength(self.pairs, rows(self.query, self.n_heads), rows(self.key, n_groups))
+        if self.dictionary_rate > 0:
+            return self.factor_P * self._weights(rule)
+        if self._frozen_P is None or self._frozen_P[0] is not self.query_P:
+            self._frozen_P = self.query_P, self._weights(rule).detach()
+        return self.factor_P * self._frozen_P[1]
+
+    def _weights(self, rule: PatternRule) -> Tensor:
+        return weight_strength(self.pairs, rows(self.query, self.n_heads), rows(self.key, self.n_groups(rule)))
 
     def n_groups(self, rule: PatternRule) -> int:
         head_width = self.query.W_dec.shape[1] // self.n_heads
         return self.key.W_dec.shape[1] // head_width
 
-    def kl_rows(self, target: PatternTarget) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL of each row under the sparse map, [B, N, Q], and each side's activations [n, F]."""
-        kl_rows, acts, _ = self._through_map(target)
-        return kl_rows, acts
+    def kl_rows(self, target: PatternTarget) -> tuple[Tensor, dict[str, Active]]:
+        """KL of each row under the sparse map, [B, N, Q], and each side's active features.
 
-    def _through_map(self, target: PatternTarget) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        Of frozen dictionaries only features that a pair names are encoded, where they are few.
+        """
+        kl_rows, active, _ = self._through_map(target)
+        return kl_rows, active
+
+    def _through_map(self, target: PatternTarget) -> tuple[Tensor, dict[str, Active], Tensor]:
         """`kl_rows`, and the sparsity loss of both sides and of the dropped pairs."""
-        acts: dict[str, Tensor] = {}
-        reach: list[Tensor] = []
+        active: dict[str, Active] = {}
         sparsity = target.x_nD.new_zeros(())
-        for name, side in (("query", self.query), ("key", self.key)):
-            if not self.dictionary_rate:
-                acts[name] = side.encode(target.x_nD)
-                continue
-            pre = side.pre(target.x_nD)
-            acts[name] = side.activate(pre)
-            reach.append(target.unpack(with_bias(side.reach(pre, acts[name]))))
-            if self._too_dense(name, acts[name]):
-                sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
-        if self.dictionary_rate > 0 and self.dropped_sparsity:
-            kept = (self.query_P, self.key_P, self.head_P)
-            penalty = pair_penalty(target, self.query, self.key, acts["query"], acts["key"], self.draw, free=kept)
-            sparsity = sparsity + self.dropped_sparsity * penalty
-        scores = pair_scores(
+        if not self.dictionary_rate:
+            for name, side, named in (("query", self.query, self.pairs.queries), ("key", self.key, self.pairs.keys)):
+                active[name] = Active.read(side, target.x_nD, target.real_BT, named)
+        else:
+            acts: dict[str, Tensor] = {}
+            for name, side in (("query", self.query), ("key", self.key)):
+                pre = side.pre(target.x_nD)
+                acts[name] = side.activate(pre)
+                active[name] = Active.on_tokens(acts[name], side.reach(pre, acts[name]), target.real_BT)
+                if self._too_dense(name, acts[name]):
+                    sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
+            if self.dropped_sparsity:
+                kept = (self.query_P, self.key_P, self.head_P)
+                penalty = pair_penalty(target, self.query, self.key, acts["query"], acts["key"], self.draw, free=kept)
+                sparsity = sparsity + self.dropped_sparsity * penalty
+        scores = active_scores(
             self.pairs,
             self.strengths(target.rule),
-            target.unpack(with_bias(acts["query"])),
-            target.unpack(with_bias(acts["key"])),
-            rows(self.query, self.n_heads),
-            rows(self.key, self.n_groups(target.rule)),
+            active["query"],
+            active["key"],
+            lambda: (rows(self.query, self.n_heads), rows(self.key, self.n_groups(target.rule))),
             target.rule,
-            (reach[0], reach[1]) if reach else None,
         )
-        return target.kl_rows(scores), acts, sparsity
+        return target.kl_rows(scores), active, sparsity
 
     @torch.no_grad()
     def _too_dense(self, side: str, acts_nF: Tensor) -> bool:
@@ -149,11 +159,11 @@ class MapJob(Job):
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Any]]:
         """KL(P ‖ P(sparse map)) and the dictionaries' sparsity on one batch, and what to log of it."""
-        kl_rows, acts, sparsity = self._through_map(target)
+        kl_rows, active, sparsity = self._through_map(target)
         kl = target.mean(kl_rows)
         log = {"pattern_kl": kl.detach(), "pairs": float(len(self.factor_P))}
         for side in ("query", "key"):
-            log[f"l0_{side}"] = (acts[side].detach() > 0).sum(-1).float().mean()
+            log[f"l0_{side}"] = active[side].l0  # of refit: of the features that a pair names, where these are few
         return kl + sparsity, log
 
     @torch.no_grad()

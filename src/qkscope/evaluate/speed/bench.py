@@ -13,8 +13,11 @@ import torch
 
 from ...data.sequences import Batch
 from ...decomposition import Decomposition
+from ...dictionary import SparseTranscoder
+from ...pairs.active import Active, read_width
 from ...pairs.importance import firing_features, rank_pairs
 from ...pairs.mask import MaskJob, shortfall
+from ...pairs.pair_map import Pairs
 from ...pairs.selection import map_kl, top
 from ...pattern import AttentionInputs
 from ...tables.examples import Examples
@@ -144,9 +147,10 @@ def pair_ways(world: World) -> dict[str, Way]:
     for side in (job.query, job.key):
         side.calibrate(statistics["query"].x_nD)
     pairs, worth = rank_pairs(bench.sample, job.query, job.key, size.pairs)
-    used = sum(len(columns) for columns, _ in pairs.key_columns) / size.heads
-    step_shape, sample_shape, judged_shape = (
-        shape_of(size, width, len(pairs), used, tokens) for tokens in (n, n_sample, n_judged)
+    used, sample_shape = _used(job.key, pairs, bench.sample), shape_of(size, width, tokens=n_sample)
+    encoded = read_width(job.query, pairs.queries), read_width(job.key, pairs.keys)
+    step_shape, selected_shape, judged_shape = (
+        shape_of(size, encoded, len(pairs), used, tokens) for tokens in (n, n_sample, n_judged)
     )
     stream = RandomText(world, [world.last], n)
     refitted, tuned = (bench.map_job(name, job, pairs, tuned=name == "tune") for name in ("refit", "tune"))
@@ -169,7 +173,7 @@ def pair_ways(world: World) -> dict[str, Way]:
         ),
         "selection, for each count": Way(
             lambda: map_kl(bench.map_job("few", job, pairs.take(top(worth, size.pairs))), bench.sample),
-            n_sample, work.selection(sample_shape),
+            n_sample, work.selection(selected_shape),
         ),
         "refit": Way(Steps([refitted], stream, device).step, n, work.refit(step_shape)),
         "tune": Way(Steps([tuned], stream, device).step, n, work.tune(tuned_shape, dense=dense)),
@@ -180,6 +184,16 @@ def pair_ways(world: World) -> dict[str, Way]:
             n_judged, work.evaluation(judged_shape, size.vocabulary, VARIANTS, len(CURVE)),
         ),
     }  # fmt: skip
+
+
+def _used(key: SparseTranscoder, pairs: Pairs, sample: list[AttentionInputs]) -> float:
+    """Active key features of a token that a head's pairs name, the bias among them; mean over heads."""
+    total = tokens = 0
+    for inputs in sample:
+        fired = Active.read(key, inputs.x_BTD[inputs.real_BT], inputs.real_BT).events.feature_L
+        total += sum(int(torch.isin(fired, head.key_C).sum()) for head in pairs.plain_layout.heads)
+        tokens += int(inputs.real_BT.sum())
+    return total / tokens / pairs.n_heads
 
 
 @torch.no_grad()

@@ -84,16 +84,21 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
                 f"{whole['tokens']:,} tokens ({whole['processor_s']:.1f} s of the processor), measured once"
             )
     if raced := found.get("race"):
-        first = raced["rows"][0]
         yield ""
+        yield from race_lines(raced)
+
+
+def race_lines(raced: dict[str, Any]) -> Iterator[str]:
+    """The table of one race."""
+    first, live = raced["rows"][0], raced["live"]
+    yield (
+        f"to the mask's KL, {raced['model']} layer {raced['layer']}, the same dictionaries ({raced['recipe']}, "
+        f"{live[0]:,} x {live[1]:,} live features), {raced['batch_tokens']} tokens a step:"
+    )
+    yield RACE_HEAD
+    for row in raced["rows"]:
+        ratio = f"{first['processor_s'] / row['processor_s']:.1f}" if row["reached"] else "not reached"
         yield (
-            f"to the mask's KL, {raced['model']} layer {raced['layer']}, the same ReLU dictionaries, "
-            f"{raced['batch_tokens']} tokens a step:"
+            f"{row['method']:<20}{row['from_pairs']:>12,}{row['pairs']:>10,}{row['steps']:>7}{row['wall_s']:>8.1f}"
+            f"{row['processor_s']:>8.1f}{row['kl']:>9.4f}{ratio:>15}"
         )
-        yield RACE_HEAD
-        for row in raced["rows"]:
-            ratio = f"{first['processor_s'] / row['processor_s']:.1f}" if row["reached"] else "not reached"
-            yield (
-                f"{row['method']:<20}{row['from_pairs']:>12,}{row['pairs']:>10,}{row['steps']:>7}{row['wall_s']:>8.1f}"
-                f"{row['processor_s']:>8.1f}{row['kl']:>9.4f}{ratio:>15}"
-            )

@@ -64,7 +64,7 @@ class Shape:
     P: int = 0
     """Pairs of a map."""
     used: float = 0
-    """Key features that a head's pairs name, mean over heads."""
+    """Active key features of a token that a head's pairs name, mean over heads."""
 
     @property
     def B(self) -> float:
@@ -122,8 +122,8 @@ def seen_share(length: int) -> float:
 
 
 def norms(s: Shape, F: int) -> Work:
-    """Of decoder rows in the metric that sizes are compared in: W C for each head, then with W."""
-    return product(F, s.H, s.H, s.N) + product(1, s.M, 1, F)
+    """Of decoder rows in the metric that sizes are compared in: W C for each head."""
+    return product(F, s.H, s.H, s.N)
 
 
 def pair_penalty(s: Shape) -> Work:
@@ -142,35 +142,37 @@ def encode(s: Shape, *, batchtopk: bool) -> Work:
 
 
 def importance(s: Shape, firing: tuple[int, int]) -> Work:
-    """For each head, of the features that fire: its map, the variance of keys' activations, and their meeting."""
+    """For each head, of the features that fire: the variance of keys' activations, its meeting with queries, the map.
+
+    The map is counted whole; rows of it that cannot enter the ranking are not made.
+    """
     a, b = firing
-    head = product(a, s.H, b)
-    head += product(s.T, s.H, s.T, s.B)  # the true pattern
-    head += product(s.T, s.T, b, s.B) * 2  # second and first moment in it
-    head += product(a, s.n, b)
+    head = product(s.T, s.H, s.T, s.B)  # the true pattern
+    head += sparse(s.n * (s.k + 1), s.T) * 2  # second and first moment in it
+    head += sparse(s.n * (s.k + 1), b)
+    head += product(a, s.H, b)
     return encode(s, batchtopk=True) + head * s.N
 
 
 def map_scores(s: Shape) -> Work:
-    """Scores of the kept pairs: every pair takes a row of all tokens, then the keys it names."""
-    return sparse(s.P, s.n) + product(s.T, s.used, s.T, s.B * s.N)
+    """Scores of the kept pairs: every pair takes a row of all tokens, every key token those of its active features."""
+    return sparse(s.P, s.n) + sparse(s.n * s.used, s.T) * s.N
 
 
 def selection(s: Shape) -> Work:
-    """The KL of one candidate map on a sample."""
+    """The KL of one candidate map on a sample; Fq and Fk are the features that are encoded for it."""
     return encode(s, batchtopk=True) + s.scores() + map_scores(s)
 
 
 def refit(s: Shape) -> Work:
     """A step of strengths between frozen dictionaries."""
-    back = product(s.T, s.T, s.used, s.B * s.N)  # to y; to the strengths, from active features to the used keys
-    return harvest(s) + selection(s) + back + sparse(s.n * (s.k + 1), s.used) * s.N + adam(s.P)
+    return harvest(s) + selection(s) + map_scores(s) + adam(s.P)  # as much to y and from there to the strengths
 
 
 def tune(s: Shape, *, dense: bool) -> Work:
     """A step of strengths and dictionaries, with the penalty on the dropped pairs."""
     work = refit(s) + pair_penalty(s)
-    work += product(s.T, s.T, s.used, s.B * s.N)  # to the keys' activations
+    work += sparse(s.P, s.n) + sparse(s.n * s.used, s.T) * s.N  # y anew, to the keys' activations
     work += sparse(s.P, s.n)  # to the queries'
     for F in (s.Fq, s.Fk):
         work += product(s.D, s.n, F) if dense else sparse(s.n * s.k, s.D)  # to W_enc

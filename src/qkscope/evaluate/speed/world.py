@@ -160,8 +160,8 @@ def job_of(
     config = resolved(dictionary, TrainingConfig())
     query, key = (start(config, side, statistics[side], f"{recipe} {layer}", 0) for side in ("query", "key"))
     for side, transcoder in (("query", query), ("key", key)):
-        pre = transcoder.pre(statistics[side].x_nD).detach()
         if transcoder.activation == "relu":  # starts with every second feature active, and is sparse some steps later
             with torch.no_grad():
+                pre = transcoder.pre(statistics[side].x_nD)
                 transcoder.b_enc.sub_(kth_largest(pre, max(round(k * len(pre)), 1), pre.new_zeros(())))
     return Step1Job(layer, recipe, config, query, key)
