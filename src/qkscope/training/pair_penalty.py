@@ -42,8 +42,9 @@ def pair_penalty(
     """
     n_heads, n_groups = target.inputs.q_BTNH.shape[2], target.inputs.k_BTGH.shape[2]
     on_q, on_k = (parallel.anywhere((acts > 0).any(0)).nonzero()[:, 0] for acts in (acts_q_nF, acts_k_nF))
-    size_q = (parallel.mean(acts_q_nF[:, on_q].float().square().mean(0)) + TINY).sqrt()
-    size_k = (parallel.variance(acts_k_nF[:, on_k].float()) + TINY).sqrt()
+    # Chosen afterwards: no copy of the activations is kept for the backward pass.
+    size_q = (parallel.mean(acts_q_nF.float().square().mean(0))[on_q] + TINY).sqrt()
+    size_k = (parallel.variance(acts_k_nF.float())[on_k] + TINY).sqrt()
     left_FNH = (query.W_dec[on_q] * size_q[:, None]).unflatten(1, (n_heads, -1)) * target.rule.scaling
     right_FGH = (key.W_dec[on_k] * size_k[:, None]).unflatten(1, (n_groups, -1))
     right_FNH = right_FGH.repeat_interleave(n_heads // n_groups, 1)
