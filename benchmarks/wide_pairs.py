@@ -41,7 +41,8 @@ from qkscope.training.stream import Harvest
 CPU, PAIRS, BATCH, DROPPED = torch.device("cpu"), 20_000, 2048, 1e-3
 BIAS = 0.2  # of the mean query or key in the bias: more, and all pairs would have the query's
 LIKE = 0.5  # how far a feature's direction is that of a token that was seen: then some fire often, and most seldom
-WAYS = ("model", "rank", "refit", "tune", "evaluate")  # rank first of those with pairs: it leaves them for the others
+# Rank is the first of those with pairs, for it leaves them for the others; tune the last, for it changes dictionaries.
+WAYS = ("model", "rank", "refit", "evaluate", "tune")
 
 
 class Again:
@@ -138,7 +139,7 @@ def in_process(ways: str, width: int, k: float, tokens: int, repeats: int, path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="*", type=int, default=[2400, 8192, 24_576])
-    parser.add_argument("--grown", type=int, default=8192, help="width at which tokens and k grow; 0: not measured")
+    parser.add_argument("--grown", type=int, default=2400, help="width at which tokens and k grow; 0: not measured")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=5, metavar=("WAYS", "WIDTH", "K", "TOKENS", "PAIRS"), help="as JSON, in here")
     args = parser.parse_args()

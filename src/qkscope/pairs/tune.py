@@ -133,6 +133,7 @@ class MapJob(Job):
                 active[name] = Active.on_tokens(acts[name], side.reach(pre, acts[name]), target.real_BT)
                 if self._too_dense(name, acts[name]):
                     sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
+                del pre  # at width as large as all that is trained
             if self.dropped_sparsity:
                 kept = (self.query_P, self.key_P, self.head_P)
                 penalty = pair_penalty(target, self.query, self.key, acts["query"], acts["key"], self.draw, free=kept)
