@@ -4,9 +4,9 @@
 
 GPT-2 small's attention (12 heads x 64, context 256) with random weights, on random text; dictionaries as step 1 leaves
 them in shape: BatchTopK with k active features a token, every width the same. Each figure is of a process of its own:
-seconds of the processor on one thread, without the model's own pass, and the most memory that the process ever held,
-PyTorch, the model and the dictionaries included. `model` is a process that makes these and stops. Then how time grows
-with tokens and with k, at `--grown` features a side.
+seconds of the processor on one thread, without the model's own pass, and the most memory that the process ever held
+(MB are 2^20 bytes), PyTorch, the model and the dictionaries included. `model` is a process that makes these and stops.
+Then how time grows with tokens and with k, at `--grown` features a side, each row in one process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Seconds to a sparse map of the published mask's KL, at the published width: 2,400 features a side.
 
-    python benchmarks/wide_race.py --recipes seed default --folder /tmp/race
+    python benchmarks/wide_race.py --recipes seed default --folder trained
 
 The race of `qkscope bench speed` (evaluate/speed/race.py) on layer 3 of `stories-gpt2`, with dictionaries of `--width`
 features that are trained for `--tokens` tokens and kept in `--folder`, so that they are trained once. Their dead
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2400)
     parser.add_argument("--tokens", type=int, default=120_000, help="training tokens of the dictionaries")
     parser.add_argument("--mask-steps", type=int, default=160)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/wide_race"))
+    parser.add_argument("--folder", type=Path, required=True, help="where dictionaries are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
