@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -43,22 +44,6 @@ BIAS = 0.2  # of the mean query or key in the bias: more, and all pairs would ha
 LIKE = 0.5  # how far a feature's direction is that of a token that was seen: then some fire often, and most seldom
 # Rank is the first of those with pairs, for it leaves them for the others; tune the last, for it changes dictionaries.
 WAYS = ("model", "rank", "refit", "evaluate", "tune")
-
-
-class Again:
-    """The same harvest again and again: what a step costs without the model."""
-
-    def __init__(self, harvest: Harvest) -> None:
-        self.harvest = harvest
-
-    def __next__(self) -> Harvest:
-        return self.harvest
-
-    def state(self) -> dict:
-        raise NotImplementedError
-
-    def restore(self, state: dict) -> None:
-        raise NotImplementedError
 
 
 class Case:
@@ -105,7 +90,8 @@ class Case:
         )  # fmt: skip
         job.keep(torch.arange(len(pairs)))  # as a run does: tune drops the features that no pair names
         job.train()
-        return Steps([job], Again(Harvest({layer: inputs}, batch, batch.n_tokens)), CPU).step
+        again = repeat(Harvest({layer: inputs}, batch, batch.n_tokens))  # what a step costs without the model
+        return Steps([job], again, CPU).step
 
 
 @torch.no_grad()

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from ...config import TrainingConfig
 from ...training.job import Job
 from ...training.loop import train_step
-from ...training.stream import Stream
+from ...training.stream import Harvest
 from ...training.watch import Watch
 
 
-class Steps:
-    """Jobs on a stream; `done`: the share of the training that the learning rate is taken at."""
+class Harvests(Protocol):
+    """What steps are taken on, batch after batch; nothing goes back, unlike in a `Stream`."""
 
-    def __init__(self, jobs: Sequence[Job], stream: Stream, device: torch.device, done: float = 0.0) -> None:
+    def __next__(self) -> Harvest: ...
+
+
+class Steps:
+    """Jobs on harvests; `done`: the share of the training that the learning rate is taken at."""
+
+    def __init__(self, jobs: Sequence[Job], stream: Harvests, device: torch.device, done: float = 0.0) -> None:
         self.jobs, self.stream, self.done, self.taken = jobs, stream, done, 0
         self.optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
         self.watch = Watch(device)

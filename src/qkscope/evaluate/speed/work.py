@@ -172,7 +172,7 @@ def refit(s: Shape) -> Work:
 def tune(s: Shape, *, dense: bool) -> Work:
     """A step of strengths and dictionaries, with the penalty on the dropped pairs."""
     work = refit(s) + pair_penalty(s)
-    work += sparse(s.P, s.n) + sparse(s.n * s.used, s.T) * s.N  # y anew, to the keys' activations
+    work += map_scores(s)  # y anew, to the keys' activations
     work += sparse(s.P, s.n)  # to the queries'
     for F in (s.Fq, s.Fk):
         work += product(s.D, s.n, F) if dense else sparse(s.n * s.k, s.D)  # to W_enc
