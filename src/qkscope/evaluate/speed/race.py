@@ -45,9 +45,9 @@ def race(
     """
     cpu = torch.device("cpu")  # the layer is small: on a GPU all would be waiting
     bench = LayerBench("stories-gpt2", "embedded", LAYER, 0, settings)
-    config = DictionaryConfig(recipe=recipe, width=settings.width, k=K)
-    if recipe == "seed":
-        config = config.model_copy(update={"sparsity": settings.sparsity})
+    sparsity = settings.sparsity if recipe == "seed" else None
+    # Without the pair penalty, which would give ours dictionaries made for few pairs.
+    config = DictionaryConfig(recipe=recipe, width=settings.width, k=K, sparsity=sparsity, pair_sparsity=0.0)
     job = bench.step1(recipe, config)
     if path is not None and path.exists():
         job.load_state_dict(read_tensors(path)[0])
