@@ -37,7 +37,7 @@ def test_reading_is_encoding(monkeypatch: pytest.MonkeyPatch, activation: Any, c
     assert float(found.l0) == pytest.approx(l0)
     some = torch.tensor([1, 4, 5, 9])
     part = Active.read(side, inputs.x_BTD[real], real, some).dense()
-    assert part.shape == wanted.shape
+    assert part.shape == wanted.shape and side.width == 11
     torch.testing.assert_close(part[..., [*some.tolist(), 11]], wanted[..., [*some.tolist(), 11]])
     others = torch.ones(12, dtype=torch.bool)
     others[[*some.tolist(), 11]] = False

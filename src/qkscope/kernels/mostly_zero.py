@@ -10,13 +10,12 @@ Shapes: n tokens, D inputs, F features, M outputs, L entries that are not zero.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .row_sums import row_sums
+from .row_sums import csr_matrix, row_sums, starts_of
 
 SHARE = 1 / 25  # of entries that are not zero; with 2,400 features on one core both ways take as long at 1 / 15
 
@@ -28,36 +27,24 @@ class _Entries:
         self.n_rows, self.n_columns = dense_nF.shape
         self.row_L, self.column_L = dense_nF.nonzero(as_tuple=True)
         self.value_L = dense_nF.flatten().index_select(0, self.row_L * self.n_columns + self.column_L)
-        self.start_n = _starts(self.row_L, self.n_rows)
+        self.start_n = starts_of(self.row_L, self.n_rows)
 
     def times(self, right_FM: Tensor) -> Tensor:
         """A right, [n, M]."""
-        return row_sums(self.column_L, right_FM, self.start_n[:-1], self.value_L)
+        return row_sums(self.column_L, right_FM, self.start_n, self.value_L)
 
     def transposed_times(self, right_nM: Tensor) -> Tensor:
         """Aᵀ right, [F, M]."""
         order = self.column_L.argsort(stable=True)
-        start_F = _starts(self.column_L, self.n_columns)[:-1]
+        start_F = starts_of(self.column_L, self.n_columns)
         return row_sums(self.row_L[order], right_nM, start_F, self.value_L[order])
 
     def product_here(self, left_nM: Tensor, right_FM: Tensor) -> Tensor:
         """left rightᵀ where A is not zero, zero elsewhere, [n, F]."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-            places = torch.sparse_csr_tensor(
-                self.start_n, self.column_L, torch.zeros_like(self.value_L), (self.n_rows, self.n_columns),
-                check_invariants=False,
-            )  # fmt: skip
-            found_L = torch.sparse.sampled_addmm(places, left_nM, right_FM.T, beta=0.0).values()
+        places = csr_matrix(self.start_n, self.column_L, torch.zeros_like(self.value_L), self.n_columns)
+        found_L = torch.sparse.sampled_addmm(places, left_nM, right_FM.T, beta=0.0).values()
         out = left_nM.new_zeros(self.n_rows * self.n_columns)
         return out.index_copy_(0, self.row_L * self.n_columns + self.column_L, found_L).view(self.n_rows, -1)
-
-
-def _starts(index_L: Tensor, n: int) -> Tensor:
-    """Where the entries of each row start, and the end: [n + 1]."""
-    starts = torch.zeros(n + 1, dtype=torch.int64)
-    starts[1:] = torch.bincount(index_L, minlength=n).cumsum(0)
-    return starts
 
 
 def _entries(matrix: Tensor) -> _Entries | None:

@@ -5,6 +5,8 @@ Shapes: E entries in the order of their bags, S bags, R rows of D numbers.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -14,6 +16,14 @@ def starts_of(bag_E: Tensor, n: int) -> Tensor:
     """Where the entries of each bag start, [n]; entries may stand in any order."""
     count = torch.bincount(bag_E, minlength=n)
     return count.cumsum(0) - count
+
+
+def csr_matrix(start_S: Tensor, column_E: Tensor, value_E: Tensor, n_columns: int) -> Tensor:
+    """The sparse matrix [S, n_columns] whose rows are the bags."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        starts = torch.cat([start_S, start_S.new_tensor([len(column_E)])])
+        return torch.sparse_csr_tensor(starts, column_E, value_E, (len(start_S), n_columns), check_invariants=False)
 
 
 def row_sums(index_E: Tensor, table_RD: Tensor, start_S: Tensor, weight_E: Tensor) -> Tensor:

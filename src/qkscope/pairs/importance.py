@@ -19,7 +19,6 @@ Shapes as in pair_map.py and active.py; a batch's tokens are its unpadded ones.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ..dictionary import SparseTranscoder
 from ..kernels.row_kl import exp
-from ..kernels.row_sums import row_sums, starts_of
+from ..kernels.row_sums import csr_matrix, row_sums, starts_of
 from ..pattern import AttentionInputs
 from ..training.start import slopes
 from .active import Active
@@ -300,12 +299,8 @@ class _Plain:
         self.second_KQ = self.first_KQ if second is first else second.transpose(1, 2).flatten(0, 1).contiguous()
         by_query = item.queries.by_feature()
         index, row = _events_of(by_query, queries)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-            self.squares = torch.sparse_csr_tensor(
-                torch.cat([starts_of(row, len(queries)), row.new_tensor([len(row)])]), by_query.events.token_L[index],
-                by_query.act_L[index].square(), (len(queries), len(self.first_KQ)), check_invariants=False,
-            )  # fmt: skip
+        token_L, square_L = by_query.events.token_L[index], by_query.act_L[index].square()
+        self.squares = csr_matrix(starts_of(row, len(queries)), token_L, square_L, len(self.first_KQ))
 
     def add(self, total: Tensor, keys: Tensor, right: Tensor) -> None:
         batch, length = self.keys.batch, self.keys.length
