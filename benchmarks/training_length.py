@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qkscope.config import DictionaryConfig
-from qkscope.evaluate.quality.bench import LayerBench
+from qkscope.evaluate.quality.bench import PLAIN, LayerBench
 from qkscope.evaluate.quality.report import SIZES, kl_of, row_line
 
 WIDTH = 300
@@ -47,9 +47,9 @@ def main() -> None:
                 base = _row(bench, name, config, tokens)
                 k, k_key = base["l0_query"]["mean"], base["l0_key"]["mean"]
                 plain = DictionaryConfig(width=WIDTH, k=k, k_key=k_key, pair_sparsity=0.0)
-                ours = _row(bench, f"default, L0 of {name}", plain, tokens)
+                ours = _row(bench, f"{PLAIN}, L0 of {name}", plain, tokens)
                 cells.append(f"{kl_of(ours) / kl_of(base):.3f} of {name}")
-            ratios.append(f"{where}: default's KL is " + ", ".join(cells))
+            ratios.append(f"{where}: {PLAIN}, KL is " + ", ".join(cells))
     print("", *ratios, sep="\n")
 
 
