@@ -50,7 +50,7 @@ SHAPES = {
 
 def dense(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
     """Without a rotary embedding, every feature at every token through a dense matrix a head."""
-    strength_P, acts_q, acts_k = leaves
+    strength_P, acts_q, acts_k, *_ = leaves
     scores = []
     for head in range(pairs.n_heads):
         here = pairs.of_head(head)
@@ -61,8 +61,7 @@ def dense(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
 
 
 def sparse(pairs: Pairs, leaves: list[Tensor], rule: PatternRule) -> Tensor:
-    strength_P, acts_q, acts_k, *both = leaves
-    rows_q, rows_k = both or (acts_q, acts_k)  # without a rotary embedding rows are not read
+    strength_P, acts_q, acts_k, rows_q, rows_k = leaves
     return pair_scores(pairs, strength_P, acts_q, acts_k, rows_q, rows_k, rule)
 
 
