@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, ValidationError
 
-from .config import Config, RunConfig, build, known_keys, one_line, read_config
+from .config import Config, Dtype, RunConfig, build, known_keys, one_line, read_config
 from .errors import UserError, nearest
 
 USAGE = """usage: qkscope COMMAND [OPTIONS]
@@ -196,6 +196,8 @@ class SpeedCommand(Config):
 
     size: Literal["small", "medium", "large"] = "small"
     """small: a few minutes on two cores. medium and large: wider and longer, meant for a GPU."""
+    dtype: Dtype = "float32"
+    """Of our products; the published procedure's are float32."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure here too."""
 
@@ -314,7 +316,7 @@ def _bench(argv: list[str]) -> None:
         from .evaluate.speed.report import bench_speed
 
         chosen = _parse(SpeedCommand, argv[1:], "qkscope bench speed", {})
-        bench_speed(chosen.size, chosen.json_file)
+        bench_speed(chosen.size, chosen.json_file, chosen.dtype)
         return
     from .evaluate.planted.report import bench_planted
 

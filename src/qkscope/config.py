@@ -16,6 +16,7 @@ from .errors import UserError, nearest
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Recipe = Literal["default", "seed"]
+Dtype = Literal["float32", "bfloat16"]
 PairMethod = Literal["tune", "refit", "importance", "mask"]
 
 
@@ -127,8 +128,9 @@ class TrainingConfig(Config):
     """Share of the training over which the learning rate rises."""
     decay: float = Field(default=0.3, ge=0, le=1)
     """Share of the training over which the learning rate falls to a hundredth, at the end."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the model's and the dictionaries' products; pattern, log-softmax and KL are float32 always."""
+    dtype: Dtype = "float32"
+    """Type of the model's and the dictionaries' products; pattern, log-softmax and KL are float32 always. bfloat16 is
+    about twice as fast on a CPU with AVX-512 BF16 or AMX, and half the memory of the model."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU where there is one."""
     seed: int = 0

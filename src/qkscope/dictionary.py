@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import parallel
 from .config import Activation
-from .kernels.mostly_zero import acts_product, pre_product
+from .kernels.mostly_zero import SHARE, MostlyZero, acts_product, large_entries, pre_product, with_gradient
 from .norm import Norm
 
 THRESHOLD_MEMORY = 0.98  # share of the running threshold kept at each step: about 50 steps of memory
@@ -86,17 +86,50 @@ class SparseTranscoder(nn.Module):
         """What the encoder sees of its input."""
         return x_nD if self.input_norm is None else self.input_norm(x_nD)
 
-    def pre(self, x_nD: Tensor) -> Tensor:
-        """Activations before the nonlinearity, [n, F]."""
+    def pre(self, x_nD: Tensor, features: Tensor | None = None) -> Tensor:
+        """Activations before the nonlinearity, [n, F]; of these features only, where they are given."""
+        x_nD, W_DF, b_F = self._encoder(x_nD)
+        if features is not None:
+            W_DF, b_F = W_DF.index_select(1, features), b_F.index_select(0, features)
+        return pre_product(x_nD, W_DF) + b_F
+
+    def _encoder(self, x_nD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's input, W [D, F] and b [F]: `pre` is x W + b."""
         # b_in as a constant, and its gradient by a term that is zero: a sum over tokens times W_enc, where through the
         # product it would take another product of all tokens.
         b_in = self.b_in.detach()
-        b_enc = self.b_enc - (self.b_in - b_in) @ self.W_enc.detach()
-        return pre_product(self.read(x_nD) - b_in, self.W_enc) + b_enc
+        return self.read(x_nD) - b_in, self.W_enc, self.b_enc - (self.b_in - b_in) @ self.W_enc.detach()
 
     def encode(self, x_nD: Tensor) -> Tensor:
         """Feature activations, [n, F]: non-negative, mostly zero. In training mode BatchTopK chooses over the batch."""
         return self.activate(self.pre(x_nD))
+
+    def fire(self, x_nD: Tensor) -> tuple[Tensor | MostlyZero, Tensor | None]:
+        """Activations in training, and what they were before the nonlinearity.
+
+        On a CPU, where BatchTopK chooses few, neither is made with its zeros, and the latter not at all.
+        """
+        if self._chooses_few(x_nD):
+            return self._batch_topk(x_nD), None
+        pre_nF = self.pre(x_nD)
+        return self.activate(pre_nF), pre_nF
+
+    def _chooses_few(self, x_nD: Tensor) -> bool:
+        few = self.training and self.activation == "batchtopk" and self.k <= SHARE * self.width
+        return few and x_nD.device.type == "cpu" and parallel.size() == 1
+
+    def _batch_topk(self, x_nD: Tensor) -> MostlyZero:
+        """What `activate` chooses, from those above half the running threshold where these are enough."""
+        norms, count = self.norms(), self._chosen(len(x_nD))
+        encoder = self._encoder(x_nD)
+        for least_F in (self.threshold / 2 / norms, torch.zeros_like(norms)):
+            large = large_entries(*encoder, least_F)
+            sizes_L = large.value_L * norms[large.column_L]
+            if len(sizes_L) >= count:
+                break
+        cut = sizes_L.kthvalue(len(sizes_L) - count + 1).values if len(sizes_L) >= count else norms.new_zeros(())
+        self._follow(cut)
+        return with_gradient(large.take((sizes_L >= cut).nonzero()[:, 0]), *encoder)
 
     def activate(self, pre_nF: Tensor) -> Tensor:
         """The nonlinearity, on `pre`'s result."""
@@ -120,12 +153,14 @@ class SparseTranscoder(nn.Module):
         """How many features BatchTopK chooses over so many tokens."""
         return min(max(round(self.k * n_tokens), 1), n_tokens * self.width)
 
-    @torch.no_grad()
-    def reach(self, pre_nF: Tensor, acts_nF: Tensor) -> Tensor:
-        """Which activations have a gradient, bool [n, F]: the active ones, and JumpReLU's near their thresholds."""
-        if self.activation != "jumprelu":
-            return acts_nF > 0
-        return (acts_nF > 0) | (_nearness(pre_nF.relu() * self.norms(), self.threshold) > 0)
+    def reach(self, acts: Tensor | MostlyZero, pre_nF: Tensor | None) -> MostlyZero:
+        """Of what `fire` says, the entries that have a gradient: active ones, and JumpReLU's near their thresholds."""
+        if isinstance(acts, MostlyZero):
+            return acts
+        on_nF = acts.detach() > 0
+        if self.activation == "jumprelu" and pre_nF is not None:
+            on_nF |= _nearness(pre_nF.detach().relu() * self.norms(), self.threshold.detach()) > 0
+        return MostlyZero.of(acts, on_nF)
 
     @torch.no_grad()
     def _follow(self, cut: Tensor) -> None:
@@ -146,11 +181,12 @@ class SparseTranscoder(nn.Module):
             cuts.append(parallel.kth_largest(sizes, self._chosen(len(x)), self.threshold[0]) * len(x))
         self.threshold.fill_(torch.stack(cuts).sum() / len(x_nD))
 
-    def decode(self, acts_nF: Tensor) -> Tensor:
+    def decode(self, acts: Tensor | MostlyZero) -> Tensor:
         """Reconstructed queries or keys, [n, M]."""
         # In training JumpReLU lets gradients pass to activations of zero, near its thresholds.
-        product = torch.matmul if self.activation == "jumprelu" or acts_nF.dim() != 2 else acts_product
-        return product(acts_nF, self.W_dec) + self.b_out
+        if isinstance(acts, Tensor) and (self.activation == "jumprelu" or acts.dim() != 2):
+            return acts @ self.W_dec + self.b_out
+        return acts_product(acts, self.W_dec) + self.b_out
 
     def forward(self, x_nD: Tensor) -> Tensor:
         return self.decode(self.encode(x_nD))

@@ -53,6 +53,8 @@ def _attention(
         _seen.append(module)
     handler = handlers.get(module)
     if handler is None and softcap is None and s_aux is None:
+        if _is_causal(attention_mask, query, key):  # fused kernels then skip what no query sees; with a mask few do
+            attention_mask, kwargs["is_causal"] = None, True
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rule = PatternRule(
         visible_BQK=_visible(attention_mask, query, key),
@@ -67,6 +69,16 @@ def _attention(
     pattern = pattern[..., : key.shape[2]].to(value.dtype)  # the sink takes mass and carries no value
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return (pattern @ value).transpose(1, 2).contiguous(), pattern
+
+
+def _is_causal(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether every query sees itself and all keys before it; found out once for a mask, which layers share."""
+    if mask is None or mask.shape[2] != mask.shape[3]:
+        return False
+    if not hasattr(mask, "is_causal"):
+        visible = _visible(mask, query, key)
+        mask.is_causal = torch.equal(visible, torch.ones_like(visible).tril())  # type: ignore[attr-defined]
+    return mask.is_causal  # type: ignore[attr-defined]
 
 
 def _visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from layers import some_dictionary, some_inputs
 
+from qkscope.kernels.mostly_zero import MostlyZero
 from qkscope.pairs import active as room
 from qkscope.pairs.active import Active
 from qkscope.pairs.pair_map import with_bias
@@ -82,7 +83,7 @@ def test_gradients_reach_what_is_said_to_be_on() -> None:
     on = torch.rand(6, 4, generator=g) < 0.5
     real = torch.tensor([[True, True, False], [True, True, True]])
     packed, here = acts[real.flatten()].requires_grad_(), on[real.flatten()]
-    found = Active.on_tokens(packed, here, real)
+    found = Active.on_tokens(MostlyZero.of(packed, here), real)
     assert by_token_then_feature(found)
     weight = torch.rand(2, 3, 5, generator=g)
     (found.dense() * weight).sum().backward()

@@ -21,6 +21,7 @@ from transformers.masking_utils import eager_mask
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from qkscope import routing
 from qkscope.attention import AttentionInputs, AttentionSite, PatternRule, harvest, open_sites
 from qkscope.errors import UserError
 from qkscope.rotary import Rotary
@@ -111,6 +112,30 @@ def test_pattern_is_the_models_own(name: str, layer: int) -> None:
     visible = (own > 0).sum(-1).clamp(min=1)
     entropy = -(own * own.clamp(min=1e-30).log()).sum(-1)
     assert (visible.float().log() - entropy)[real[:, None].expand_as(entropy)].mean() > 0.1  # no uniform pattern
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_mask_hides_stays_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain causal masks are left to the fused kernel; with padding, a window or both ways it is handed the mask."""
+    whole = T * (T + 1) // 2
+    plain = [inputs.rule.visible_BQK[0].sum() == whole and name not in BIDIRECTIONAL for inputs in harvested(name)]
+    here, untouched = sites(name)[0].model, reference(name)
+    masks: list[tuple[Tensor | None, bool]] = []
+    fused = routing.sdpa_attention_forward
+
+    def noted(*args: Any, **named: Any) -> Any:
+        masks.append((args[4], named.get("is_causal", False)))
+        return fused(*args, **named)
+
+    monkeypatch.setattr(routing, "sdpa_attention_forward", noted)
+    tokens, real = batch()
+    for rows in (slice(0, 1), slice(0, 4)):
+        masks.clear()
+        found, wanted = (run(model, tokens[rows], real[rows]) for model in (here, untouched))
+        scale = wanted[real[rows]].abs().max()
+        assert (found - wanted)[real[rows]].abs().max() <= 2e-3 * scale
+        assert not masks or [causal for _, causal in masks] == [rows.stop == 1 and causal for causal in plain]
+        assert all(mask is None for mask, causal in masks if causal)
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)

@@ -8,14 +8,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import LAYERS, OFF, close, some_inputs
+from layers import LAYERS, OFF, close, some_dictionary, some_inputs
 from torch import Tensor
 
 from qkscope import parallel
 from qkscope.config import Activation, DictionaryConfig, TrainingConfig
 from qkscope.dictionary import SparseTranscoder
 from qkscope.kernels import mostly_zero
-from qkscope.kernels.mostly_zero import SHARE, acts_product, pre_product
+from qkscope.kernels.mostly_zero import (
+    SHARE,
+    MostlyZero,
+    acts_product,
+    count,
+    fires,
+    large_entries,
+    pre_product,
+    with_gradient,
+)  # fmt: skip
 from qkscope.training.objective import PatternTarget
 from qkscope.training.recipes import resolved
 from qkscope.training.start import side_statistics, start
@@ -61,19 +70,80 @@ def test_products_and_gradients_are_the_dense_ones(seed: int, n: int, width: int
 
 def test_few_entries_take_the_short_way_and_many_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[float] = []
-    entries = mostly_zero._Entries
+    of = MostlyZero.of
 
-    def noted(matrix: Tensor) -> mostly_zero._Entries:
+    def noted(matrix: Tensor) -> MostlyZero:
         taken.append(float((matrix != 0).double().mean()))
-        return entries(matrix)
+        return of(matrix)
 
-    monkeypatch.setattr(mostly_zero, "_Entries", noted)
+    monkeypatch.setattr(MostlyZero, "of", noted)
     for share in (0.5 * SHARE, 0.9 * SHARE, 1.3 * SHARE, 0.5):
         acts_product(some_acts(100, 200, share, 0), torch.ones(200, 3))
     assert len(taken) == 2 and max(taken) <= SHARE
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), n=st.integers(0, 30), width=st.integers(1, 20), block=st.sampled_from([1, 7, 1 << 20]))
+def test_large_entries_and_their_gradients(seed: int, n: int, width: int, block: int) -> None:
+    x, weight, bias = (
+        drawn(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate([(n, 5), (5, width), (width,)])
+    )
+    least = drawn(width, seed=seed + 3).abs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mostly_zero, "BLOCK", block)
+        found = with_gradient(large_entries(x, weight, bias, least), x, weight, bias)
+    dense = x.double() @ weight.double() + bias.double()
+    wanted = dense * (dense > least)
+    close(found.dense().detach(), wanted.detach(), 1e-5)
+    if n:
+        close(found.column_variance().detach(), wanted.var(0, correction=0).detach(), 1e-5)
+        assert torch.equal(fires(found), fires(wanted))
+    assert int(count(found)) == int(count(wanted))
+    cotangent = drawn(n, width, seed=seed + 4)
+    for to_found, to_wanted in zip(
+        torch.autograd.grad(found.dense(), (x, weight, bias), cotangent),
+        torch.autograd.grad(wanted, (x, weight, bias), cotangent.double()), strict=True,
+    ):  # fmt: skip
+        close(to_found, to_wanted, 1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 1.0, 100.0])
+def test_few_chosen_features_are_those_chosen_of_all(threshold: float) -> None:
+    """Whatever the running threshold says they may be."""
+    x = drawn(40, 12, seed=1)
+    found = []
+    for few in (True, False):
+        t = some_dictionary(12, 300, 8, 2, "batchtopk")
+        t.threshold.data.fill_(threshold)
+        t.k = 5.0
+        acts, pre = t.train().fire(x) if few else (t.train().encode(x), t.pre(x))
+        assert isinstance(acts, MostlyZero) == (pre is None) == few
+        out = t.decode(acts)
+        out.square().sum().backward()
+        dense = acts.dense() if isinstance(acts, MostlyZero) else acts
+        found.append([dense.detach(), out.detach(), t.threshold.detach(), *(p.grad for p in t.parameters())])
+    assert (found[0][0] > 0).sum() == 5 * 40
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            close(one, other, 1e-5)
+
+
+def test_in_bfloat16_only_the_encoder_rounds() -> None:
+    x = drawn(60, 12, seed=1)
+    t = some_dictionary(12, 300, 8, 2, "batchtopk").train()
+    t.k = 5.0
+    exact, _ = t.fire(x)
     with torch.autocast("cpu", torch.bfloat16):
-        product = acts_product(some_acts(100, 200, 0.5 * SHARE, 0), torch.ones(200, 3))
-    assert len(taken) == 2 and product.dtype == torch.bfloat16
+        acts, _ = t.fire(x)
+        out = t.decode(acts)
+    assert isinstance(acts, MostlyZero) and isinstance(exact, MostlyZero)
+    both = (acts.dense() > 0) & (exact.dense() > 0)
+    assert int(both.sum()) > 0.95 * len(exact.value_L)
+    error = (acts.dense() - exact.dense()).detach()[both].abs()
+    assert 1e-5 < float(error.max()) < 0.05
+    assert out.dtype == torch.float32
+    close(out.detach(), acts.dense().detach().double() @ t.W_dec.detach().double() + t.b_out.detach(), 1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,12 +213,13 @@ def test_step_one_learns_what_it_did_with_dense_products(
     activation: Activation, layer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    entries = mostly_zero._Entries
-    monkeypatch.setattr(mostly_zero, "_Entries", lambda m: (taken.append(1), entries(m))[1])
+    times = mostly_zero.MostlyZero.times
+    monkeypatch.setattr(mostly_zero.MostlyZero, "times", lambda *a: (taken.append(1), times(*a))[1])
     now, parameters = curve(activation, layer)
     assert len(taken) > 25 or activation in ("relu", "jumprelu")
     monkeypatch.setattr(SparseTranscoder, "pre", former_pre)
     monkeypatch.setattr(SparseTranscoder, "activate", former_activate)
+    monkeypatch.setattr(SparseTranscoder, "_chooses_few", lambda *a: False)
     monkeypatch.setattr(mostly_zero, "_entries", lambda matrix: None)
     former, formerly = curve(activation, layer)
     assert former[20] < 0.99 * former[0]  # on the same batch

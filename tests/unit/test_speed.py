@@ -58,7 +58,7 @@ def test_the_count_by_hand_is_the_counters(name: str, ways: dict[str, Way]) -> N
         on_q, on_k = (int((job.get_buffer(f"{side}_idle") == 0).sum()) for side in ("query", "key"))
         assert 1 < on_q < TINY.width and 1 < on_k < TINY.width
         every, fired = (product(a, 64, b, TINY.heads).dense for a, b in ((TINY.width, TINY.width), (on_q, on_k)))
-        wanted += 2 * fired - 3 * every  # the counter does not see the third, an addmm in place
+        wanted += 3 * (fired - every)
     assert found == wanted > 1e6
 
 
@@ -150,10 +150,16 @@ def test_ratios_are_turn_by_turn_and_for_as_many_layers() -> None:
 # The command -----------------------------------------------------------------------------------------
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+CEILINGS = {"float32": 1e12, "bfloat16": 2e12}
+
+
+@pytest.mark.parametrize("dtype", list(CEILINGS))
+def test_the_command(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(SIZES, "small", replace(TINY, repeats=1))
     # The ceiling's own products and copies take seconds.
-    monkeypatch.setattr(Ceiling, "measured", classmethod(lambda cls, device: Ceiling(1e12, 1e12)))
+    monkeypatch.setattr(Ceiling, "measured", classmethod(lambda cls, device, dtype: Ceiling(CEILINGS[dtype], 1e12)))
     settings = replace(race.SETTINGS, width=40, tokens=1024, heldout_tokens=600, sample_tokens=600)
     raced = race.race(5, settings, path=tmp_path / "trained.safetensors")
     assert 0 < min(raced["live"]) <= max(raced["live"]) <= 40
@@ -162,16 +168,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert [(row["pairs"], row["kl"]) for row in again["rows"]] == kept
     monkeypatch.setattr(bench, "race", lambda steps: raced)
     path = tmp_path / "speed.json"
-    cli.main(["bench", "speed", "--size", "small", "--json", str(path)])
+    cli.main(["bench", "speed", "--size", "small", "--dtype", dtype, "--json", str(path)])
     found = json.loads(path.read_text())
-    assert (found["benchmark"], found["size"], found["machine"]["threads"]) == ("speed", "small", 1)
+    machine = found["machine"]
+    assert (found["benchmark"], found["size"], machine["threads"], machine["dtype"]) == ("speed", "small", 1, dtype)
     said = capsys.readouterr().out
     assert f"torch {torch.__version__}" in said and "1 of" in said and "150 features a side" in said
     for name, part in found["parts"].items():
         assert sum(line.startswith(f"{name:<31}") for line in said.splitlines()) == 1
         assert part["tokens"] == 48 and len(part["seconds_all"]) == 1
         assert part["tokens_per_s"] == pytest.approx(48 / part["seconds"])
-        assert part["of_ceiling_flops"] == pytest.approx(part["flops"] / part["seconds"] / 1e12)
+        ceiling = CEILINGS["float32" if "published" in name else dtype]
+        assert part["of_ceiling_flops"] == pytest.approx(part["flops"] / part["seconds"] / ceiling)
     assert set(NAMES) | {MASK, "importance and ranking", "tune", "evaluation"} <= set(found["parts"])
     assert len(found["ratios"]) == 4 and found["whole_mask"]["pairs"] == 151**2 * 2 and "measured once" in said
     rows = found["race"]["rows"]

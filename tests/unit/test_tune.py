@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qkscope import dictionary
 from qkscope.dictionary import SparseTranscoder
+from qkscope.kernels.mostly_zero import MostlyZero
 from qkscope.pairs.pair_map import with_bias
 from qkscope.pairs.tune import MapJob
 from qkscope.pattern import AttentionInputs
@@ -133,13 +134,13 @@ def test_dictionaries_learn_as_with_gradients_of_all_activations(
     if activation == "jumprelu":  # wide enough that some activations fall just short of it
         monkeypatch.setattr(dictionary, "JUMP_BANDWIDTH", 0.8)
         side, x = job.query, inputs.x_BTD[inputs.real_BT]
-        assert (side.reach(side.pre(x), side.encode(x)) & (side.encode(x) == 0)).any()
+        assert (side.reach(side.encode(x), side.pre(x)).value_L == 0).any()
     parameters = [p for group in job.parameter_groups() for p in group["params"]]
     learned = []
     for everywhere in (False, True):
         if everywhere:
             monkeypatch.setattr(
-                SparseTranscoder, "reach", lambda self, pre, acts: torch.ones_like(pre, dtype=torch.bool)
+                SparseTranscoder, "reach", lambda self, acts, pre: MostlyZero.of(acts, torch.ones_like(acts).bool())
             )
         loss, _ = job.loss(PatternTarget(inputs), OFF)
         learned.append(torch.autograd.grad(loss, parameters, allow_unused=True))

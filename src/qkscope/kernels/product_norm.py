@@ -1,7 +1,9 @@
 """Σ |L Rᵀ|, the sum of a product's absolute entries, with gradients, never holding the product.
 
-Near zero |m| is rounded off to √(m² + ε²), so that the gradient has no jump where the sum would have every entry. The
-gradients are finished while a block is still in the cache, as in pattern_kl.py. Float32.
+Within ε of zero |m| is rounded off to m²/2ε + ε/2, so that the gradient has no jump where the sum would have all its
+entries (Huber's function, less ε/2). Its slope is m/ε, cut off at ±1: one pass over a block between its products. The
+gradients are finished while a block is still in the cache, as in pattern_kl.py. Products are of autocast's type, sums
+float32.
 
 Shapes: Z products (heads), A and B rows, H inner width.
 """
@@ -19,25 +21,28 @@ GPU_BLOCK = 1 << 26
 
 
 def smooth_abs(m: Tensor) -> Tensor:
-    """√(m² + ε²) - ε."""
-    return (m.square() + EPSILON**2).sqrt() - EPSILON
+    """|m| - ε/2 where |m| ≥ ε, m²/2ε within."""
+    slope = (m / EPSILON).clamp(-1, 1)
+    return m * slope - EPSILON / 2 * slope.square()
 
 
 class _ProductNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left_ZAH: Tensor, right_ZBH: Tensor) -> Tensor:
-        rows = max((CPU_BLOCK if left_ZAH.device.type == "cpu" else GPU_BLOCK) // max(right_ZBH.shape[1], 1), 1)
+        device = left_ZAH.device.type
+        rows = max((CPU_BLOCK if device == "cpu" else GPU_BLOCK) // max(right_ZBH.shape[1], 1), 1)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left_ZAH.dtype
         grad_left, grad_right = torch.empty_like(left_ZAH), torch.zeros_like(right_ZBH)
         total = left_ZAH.new_zeros(())
-        for z, (left, right) in enumerate(zip(left_ZAH, right_ZBH, strict=True)):
-            for start in range(0, len(left), rows):
-                part = left[start : start + rows]
-                product = part @ right.T
-                size = (product.square() + EPSILON**2).sqrt_()
-                total += size.sum() - EPSILON * size.numel()
-                slope = product.div_(size)
-                grad_left[z, start : start + rows] = slope @ right
-                grad_right[z].addmm_(slope.T, part)
+        with torch.autocast(device, enabled=False):
+            for z, (left, right) in enumerate(zip(left_ZAH, right_ZBH.to(dtype), strict=True)):
+                for start in range(0, len(left), rows):
+                    part = left[start : start + rows]
+                    slope = ((part / EPSILON).to(dtype) @ right.T).clamp_(-1, 1)
+                    found = grad_left[z, start : start + rows].copy_(slope @ right)
+                    grad_right[z] += slope.T @ part.to(dtype)
+                    squares = torch.linalg.vector_norm(slope, dtype=total.dtype) ** 2
+                    total += (found * part).sum() - EPSILON / 2 * squares  # Σ m·slope, from a product that is there
         ctx.save_for_backward(grad_left, grad_right)
         return total
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dictionary import SparseTranscoder
+from ..kernels.mostly_zero import MostlyZero
 from ..kernels.sparse_scores import Events
 
 CHUNK_ELEMENTS = 1 << 23  # activations that are held at once with their zeros: 32 MB, a few times over
@@ -42,11 +43,9 @@ class Active:
         return cls(events, acts_BTF.flatten().index_select(0, at), width, batch, length)
 
     @classmethod
-    def on_tokens(cls, acts_nF: Tensor, on_nF: Tensor, real_BT: Tensor) -> Active:
+    def on_tokens(cls, acts: MostlyZero, real_BT: Tensor) -> Active:
         """These activations, without a bias yet, of the real tokens; every one of these has the bias beside them."""
-        row, feature = on_nF.nonzero(as_tuple=True)
-        act_L = acts_nF.flatten().index_select(0, row * acts_nF.shape[1] + feature)
-        return cls._with_bias(row, feature, act_L, acts_nF.shape[1], real_BT)
+        return cls._with_bias(acts.row_L, acts.column_L, acts.value_L, acts.n_columns, real_BT)
 
     @classmethod
     @torch.no_grad()

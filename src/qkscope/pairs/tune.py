@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..dictionary import SparseTranscoder
+from ..kernels.mostly_zero import MostlyZero, count
 from ..pattern import PatternRule
 from ..training.job import Job
 from ..training.objective import PatternTarget, sparsity_loss
@@ -126,14 +127,13 @@ class MapJob(Job):
             for name, side, named in (("query", self.query, self.pairs.queries), ("key", self.key, self.pairs.keys)):
                 active[name] = Active.read(side, target.x_nD, target.real_BT, named)
         else:
-            acts: dict[str, Tensor] = {}
+            acts: dict[str, Tensor | MostlyZero] = {}
             for name, side in (("query", self.query), ("key", self.key)):
-                pre = side.pre(target.x_nD)
-                acts[name] = side.activate(pre)
-                active[name] = Active.on_tokens(acts[name], side.reach(pre, acts[name]), target.real_BT)
+                acts[name], pre = fired = side.fire(target.x_nD)
+                active[name] = Active.on_tokens(side.reach(*fired), target.real_BT)
                 if self._too_dense(name, acts[name]):
                     sparsity = sparsity + sparsity_loss(side, pre, acts[name], self.sparsity)
-                del pre  # at width as large as all that is trained
+                del pre, fired  # at width as large as all that is trained
             if self.dropped_sparsity:
                 kept = (self.query_P, self.key_P, self.head_P)
                 penalty = pair_penalty(target, self.query, self.key, acts["query"], acts["key"], self.draw, free=kept)
@@ -149,11 +149,11 @@ class MapJob(Job):
         return target.kl_rows(scores), active, sparsity
 
     @torch.no_grad()
-    def _too_dense(self, side: str, acts_nF: Tensor) -> bool:
+    def _too_dense(self, side: str, acts: Tensor | MostlyZero) -> bool:
         """Whether ReLU activations are denser than the first batch's; the other activations hold L0 themselves."""
         if getattr(self, side).activation != "relu":
             return True
-        first, now = self.get_buffer(f"l0_{side}"), parallel.mean((acts_nF > 0).sum(-1).float().mean())
+        first, now = self.get_buffer(f"l0_{side}"), parallel.mean(count(acts) / len(acts))
         if self.training and not bool(first):
             first.copy_(now)
         return bool(now > first)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import parallel
 from ..dictionary import SparseTranscoder
+from ..kernels.mostly_zero import MostlyZero
 from ..kernels.pattern_kl import pattern_kl
 from ..kernels.row_kl import exp, row_entropy, row_kl
 from ..pattern import AttentionInputs
@@ -119,13 +120,15 @@ def root_penalty(acts_nF: Tensor, norms_F: Tensor) -> Tensor:
     return (acts_nF * norms_F + 1e-7).sqrt().sum(-1).mean()
 
 
-def sparsity_loss(transcoder: SparseTranscoder, pre_nF: Tensor, acts_nF: Tensor, weight: float) -> Tensor:
+def sparsity_loss(
+    transcoder: SparseTranscoder, pre_nF: Tensor | None, acts: Tensor | MostlyZero, weight: float
+) -> Tensor:
     """What keeps an activation sparse that is not sparse by itself: ReLU's root penalty, JumpReLU's pull of L0 to k."""
-    if weight and transcoder.activation == "jumprelu":
+    if weight and transcoder.activation == "jumprelu" and pre_nF is not None:
         return weight * transcoder.l0_gap(pre_nF.float())
-    if weight and transcoder.activation == "relu":
-        return weight * root_penalty(acts_nF.float(), transcoder.W_dec.norm(dim=1))
-    return pre_nF.new_zeros(())
+    if weight and transcoder.activation == "relu" and isinstance(acts, Tensor):
+        return weight * root_penalty(acts.float(), transcoder.W_dec.norm(dim=1))
+    return transcoder.W_dec.new_zeros(())
 
 
 def revival_loss(error_nM: Tensor, aux_nM: Tensor, metric_NHH: Tensor | None) -> Tensor:

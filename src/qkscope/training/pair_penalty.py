@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import parallel
 from ..dictionary import SparseTranscoder
+from ..kernels.mostly_zero import MostlyZero, fires
 from ..kernels.product_norm import product_norm, smooth_abs
 from ..rotary import swap
 from .objective import PatternTarget
@@ -34,8 +35,8 @@ def pair_penalty(
     target: PatternTarget,
     query: SparseTranscoder,
     key: SparseTranscoder,
-    acts_q_nF: Tensor,
-    acts_k_nF: Tensor,
+    acts_q: Tensor | MostlyZero,
+    acts_k: Tensor | MostlyZero,
     draw: int,
     free: Triples | None = None,
 ) -> Tensor:
@@ -45,10 +46,10 @@ def pair_penalty(
     at; `free` pairs cost nothing.
     """
     n_heads, n_groups = target.inputs.q_BTNH.shape[2], target.inputs.k_BTGH.shape[2]
-    on_q, on_k = (parallel.anywhere((acts > 0).any(0)).nonzero()[:, 0] for acts in (acts_q_nF, acts_k_nF))
+    on_q, on_k = (parallel.anywhere(fires(acts)).nonzero()[:, 0] for acts in (acts_q, acts_k))
     (on_q, weight_q), (on_k, weight_k) = _drawn(on_q, draw), _drawn(on_k, draw + 1)
-    size_q = (parallel.mean(acts_q_nF[:, on_q].float().square().mean(0)) + TINY).sqrt()
-    size_k = (parallel.variance(acts_k_nF[:, on_k].float()) + TINY).sqrt()
+    size_q = (_mean_square(acts_q, on_q) + TINY).sqrt()
+    size_k = (_variance(acts_k, on_k) + TINY).sqrt()
     left_FNH = (query.W_dec[on_q] * size_q[:, None]).unflatten(1, (n_heads, -1)) * target.rule.scaling
     right_FGH = (key.W_dec[on_k] * size_k[:, None]).unflatten(1, (n_groups, -1))
     right_FNH = right_FGH.repeat_interleave(n_heads // n_groups, 1)
@@ -61,6 +62,19 @@ def pair_penalty(
         a, b, head = place_q[free[0][both]], place_k[free[1][both]], free[2][both]
         total = total - smooth_abs(torch.linalg.vecdot(left_FNH[a, head], right_FNH[b, head])).sum()
     return total * (weight_q * weight_k / n_heads)
+
+
+def _mean_square(acts: Tensor | MostlyZero, on: Tensor) -> Tensor:
+    """Of these features, over the whole batch's tokens."""
+    if isinstance(acts, Tensor):
+        return parallel.mean(acts[:, on].float().square().mean(0))
+    return acts.column_sums(acts.value_L.square())[on] / len(acts)
+
+
+def _variance(acts: Tensor | MostlyZero, on: Tensor) -> Tensor:
+    if isinstance(acts, Tensor):
+        return parallel.variance(acts[:, on].float())
+    return acts.column_variance()[on]
 
 
 def _drawn(index: Tensor, draw: int) -> tuple[Tensor, float]:

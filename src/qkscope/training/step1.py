@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import parallel
 from ..config import DictionaryConfig
 from ..dictionary import SparseTranscoder
-from ..kernels.mostly_zero import acts_product
+from ..kernels.mostly_zero import MostlyZero, acts_product, count, fires
 from .job import Job
 from .objective import PatternTarget, revival_loss, sparsity_loss
 from .pair_penalty import pair_penalty
@@ -76,26 +76,28 @@ class Step1Job(Job):
         extra = target.x_nD.new_zeros(())
         log: dict[str, Tensor] = {}
         out: dict[str, Tensor] = {}
-        fired: dict[str, Tensor] = {}
+        fired: dict[str, Tensor | MostlyZero] = {}
         for side, true in (("query", target.q_nM), ("key", target.k_nM)):
             with autocast:
                 transcoder = self.side(side)
-                pre = transcoder.pre(target.x_nD)
-                acts = transcoder.activate(pre)
+                acts, pre = transcoder.fire(target.x_nD)
                 out[side] = transcoder.decode(acts)
             fired[side] = acts
-            dead = self._note(side, acts.detach())
+            dead = self._note(side, acts)
             extra = extra + sparsity_loss(transcoder, pre, acts, self.config.sparsity or 0.0)
             if self.config.aux and len(index := dead.nonzero()[:, 0]):
                 aux = transcoder.W_dec.index_select(0, index)
-                revived = _largest(pre.index_select(1, index), aux, self._aux_count(side))
+                with autocast:
+                    pre_dead = transcoder.pre(target.x_nD, index) if pre is None else pre.index_select(1, index)
+                revived = _largest(pre_dead, aux, self._aux_count(side))
                 extra = extra + self.config.aux * revival_loss(
                     true - out[side].float(), acts_product(revived, aux), transcoder.metric
                 )
-            log[f"l0_{side}"] = acts.detach().count_nonzero() / len(acts)
+            log[f"l0_{side}"] = count(acts) / len(acts)
             log[f"dead_{side}"] = dead.float().mean()
         if self.config.pair_sparsity:
-            penalty = pair_penalty(target, self.query, self.key, fired["query"], fired["key"], self.draw)
+            with autocast:
+                penalty = pair_penalty(target, self.query, self.key, fired["query"], fired["key"], self.draw)
             extra = extra + self.config.pair_sparsity * penalty
             log["pair_penalty"] = penalty.detach()
         kl, self._kl_3 = target.kl_of(out["query"], out["key"])
@@ -106,11 +108,11 @@ class Step1Job(Job):
         return math.ceil(AUX_FEATURES * (self.config.k if side == "query" else self.config.key_k))
 
     @torch.no_grad()
-    def _note(self, side: str, acts_nF: Tensor) -> Tensor:
+    def _note(self, side: str, acts: Tensor | MostlyZero) -> Tensor:
         """Count the tokens since each feature fired; bool [F] of those that count as dead."""
         idle = self.get_buffer(f"{side}_idle")
-        idle += parallel.count(len(acts_nF))
-        idle.masked_fill_(parallel.anywhere(acts_nF.amax(0) > 0), 0)
+        idle += parallel.count(len(acts))
+        idle.masked_fill_(parallel.anywhere(fires(acts)), 0)
         return idle > self.config.dead_after
 
 

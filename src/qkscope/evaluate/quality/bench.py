@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ...attention import AttentionSite, harvest
-from ...config import DataConfig, DictionaryConfig, RunConfig, TrainingConfig
+from ...config import DataConfig, DictionaryConfig, Dtype, RunConfig, TrainingConfig
 from ...data import Sequences
 from ...data.documents import Split
 from ...decomposition import SIDES, Decomposition, SiteShape
@@ -69,9 +69,9 @@ class Size:
 class LayerBench(Workbench):
     """One layer of one model, its text, and what is trained on it."""
 
-    def __init__(self, model: str, source: str, layer: int, seed: int, size: Size) -> None:
+    def __init__(self, model: str, source: str, layer: int, seed: int, size: Size, *, dtype: Dtype = "float32") -> None:
         self.seed, self.size = seed, size
-        self.model, self.tokenizer = load_model(model)
+        self.model, self.tokenizer = load_model(model, dtype=dtype)
         self.site = AttentionSite(self.model, self.tokenizer, layer=layer)
         self.data = DataConfig(source=source, context=size.context)
         super().__init__(
@@ -79,7 +79,9 @@ class LayerBench(Workbench):
             SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None),
             [self.inputs(b) for b in self.text("train", repeat=True, most=size.sample_tokens)],
             lambda: ModelStream([self.site], self.text("train", repeat=True)),
-            TrainingConfig(tokens=size.tokens, batch_tokens=size.batch_tokens, seed=seed, checkpoint_steps=10**9),
+            TrainingConfig(
+                tokens=size.tokens, batch_tokens=size.batch_tokens, seed=seed, checkpoint_steps=10**9, dtype=dtype
+            ),
         )
         self.heldout = list(self.text("heldout", repeat=False, most=size.heldout_tokens))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...config import Dtype
 from ...data.sequences import Batch
 from ...decomposition import Decomposition
 from ...dictionary import SparseTranscoder
@@ -36,6 +37,7 @@ VARIANTS = 5  # patterns that the report puts into the model, one at a time
 MASK_SPARSITY, MASK_RATE = 1e-6, 1e-2
 SEED, DEFAULT, THREE, THEIRS = "step 1, seed", "step 1, default", "step 1, default, 3 layers", "published step 1"
 MASK, THEIR_MASK = "mask", "published mask"
+PLAIN: Dtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,25 @@ class Way:
     work: Work
 
 
-def run_speed(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The figures so far, after each group of parts."""
-    ceiling = Ceiling.measured(device)
-    world = World(size, device)
-    found: dict[str, Any] = {"machine": machine(device), "shape": vars(size), "parts": {}, "load": load()}
+def run_speed(size: Size, device: torch.device, dtype: Dtype = "float32") -> Iterator[dict[str, Any]]:
+    """The figures so far, after each group of parts. `dtype`: of our products; the published ones are float32."""
+    dtypes: list[Dtype] = [dtype] if dtype == PLAIN else [dtype, PLAIN]
+    ceilings = {name: Ceiling.measured(device, name) for name in dtypes}
+    world = World(size, device, dtype=dtype)
+    found: dict[str, Any] = {"machine": machine(device, dtype), "shape": vars(size), "parts": {}, "load": load()}
     ways: dict[str, Way] = {}
     for group in (step1_ways, pair_ways):
         here = group(world)
         ways |= here
         timings = in_turns({name: way.act for name, way in here.items()}, size.repeats, device)
-        ceiling = ceiling.over(Ceiling.measured(device))
+        ceilings = {name: ceilings[name].over(Ceiling.measured(device, name)) for name in dtypes}
         found["parts"] |= {name: timing.figures(device) for name, timing in timings.items()}
         for name, part in found["parts"].items():  # by the highest ceiling that the machine has shown so far
-            part |= _rates(part["seconds"], ways[name], ceiling)
-        found["ceiling"] = {"flops_per_s": ceiling.flops, "bytes_per_s": ceiling.bytes}
+            part |= _rates(part["seconds"], ways[name], ceilings[PLAIN if name in (THEIRS, THEIR_MASK) else dtype])
+        found["ceiling"] = {
+            "flops_per_s": {name: ceiling.flops for name, ceiling in ceilings.items()},
+            "bytes_per_s": max(ceiling.bytes for ceiling in ceilings.values()),
+        }
         found["ratios"] = ratios(found["parts"])
         found["load"] += load()
         yield found
@@ -73,11 +79,11 @@ def run_speed(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
     yield found
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, dtype: Dtype) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "dtype": "float32", "seconds_are": "processor" if by_processor(device) else "wall",
+        "torch": torch.__version__, "dtype": dtype, "seconds_are": "processor" if by_processor(device) else "wall",
     }  # fmt: skip
 
 
@@ -119,14 +125,14 @@ def step1_ways(world: World) -> dict[str, Way]:
     statistics = world.statistics()
     plain_job = job_of(world.last.layer, statistics[-1], "seed", width, size.k)
     sparsity, rate = (RECIPES["seed"][name] for name in ("sparsity", "learning_rate"))
-    plain = published.Step1(world.last, *_sides(plain_job, size), sparsity=sparsity, rate=FLOOR * rate)
+    plain = published.Step1(world.plain, *_sides(plain_job, size), sparsity=sparsity, rate=FLOOR * rate)
 
     def steps(recipe: str, n_layers: int) -> Way:
         chosen = list(zip(world.sites, statistics, strict=True))[-n_layers:]
         jobs = [job_of(site.layer, s, recipe, width, size.k) for site, s in chosen]
         stream = RandomText(world, [site for site, _ in chosen], n)
         done = work.step1(shape, n_layers, default=recipe == "default", dense=dense)
-        return Way(Steps(jobs, stream, device).step, n, done)
+        return Way(Steps(jobs, stream, device, dtype=world.dtype).step, n, done)
 
     return {
         "harvest": Way(lambda: world.read(world.text(n)), n, work.harvest(shape)),
@@ -160,7 +166,7 @@ def pair_ways(world: World) -> dict[str, Way]:
     dec, batch = bench.decomposition(bench.map_job("map", job, pairs)), world.text(n_judged)
 
     few = job_of(world.last.layer, statistics, "seed", size.live, size.k)
-    plain = published.Mask(world.last, *_sides(few, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
+    plain = published.Mask(world.plain, *_sides(few, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
     live = torch.arange(size.live[0] + 1, device=device), torch.arange(size.live[1] + 1, device=device)
     ours = MaskJob(
         world.last.layer, "mask", few.query, few.key, live, size.heads, sparsity=MASK_SPARSITY, rate=MASK_RATE
@@ -175,9 +181,9 @@ def pair_ways(world: World) -> dict[str, Way]:
             lambda: map_kl(bench.map_job("few", job, pairs.take(top(worth, size.pairs))), bench.sample),
             n_sample, work.selection(selected_shape),
         ),
-        "refit": Way(Steps([refitted], stream, device).step, n, work.refit(step_shape)),
-        "tune": Way(Steps([tuned], stream, device).step, n, work.tune(tuned_shape, dense=dense)),
-        MASK: Way(Steps([ours], stream, device).step, n, work.mask(few_shape)),
+        "refit": Way(Steps([refitted], stream, device, dtype=world.dtype).step, n, work.refit(step_shape)),
+        "tune": Way(Steps([tuned], stream, device, dtype=world.dtype).step, n, work.tune(tuned_shape, dense=dense)),
+        MASK: Way(Steps([ours], stream, device, dtype=world.dtype).step, n, work.mask(few_shape)),
         THEIR_MASK: Way(lambda: plain.step(world.text(n).tokens_BT), n, work.published_mask(few_shape)),
         "evaluation": Way(
             lambda: _evaluate(dec, world, batch, bench.sample),
@@ -208,7 +214,7 @@ def _whole_mask(world: World) -> dict[str, Any]:
     if said := shortfall([(size.width + 1, size.width + 1, size.heads)], world.device):
         return {"pairs": pairs, "skipped": said}
     job = job_of(world.last.layer, world.statistics()[-1], "seed", (size.width, size.width), size.k)
-    mask = published.Mask(world.last, *_sides(job, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
+    mask = published.Mask(world.plain, *_sides(job, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
     wall, processor = timed(lambda: mask.step(world.text(size.batch_tokens).tokens_BT), world.device)
     return {"pairs": pairs, "wall_s": wall, "processor_s": processor, "tokens": size.step_tokens}
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ...config import Dtype
+
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -110,11 +112,11 @@ class Ceiling:
     bytes: float
 
     @classmethod
-    def measured(cls, device: torch.device, repeats: int = 5) -> Ceiling:
-        """In float32, with as many threads as everything else here."""
+    def measured(cls, device: torch.device, dtype: Dtype = "float32", repeats: int = 5) -> Ceiling:
+        """A product in this type, with as many threads as everything else here; a copy in float32."""
         large = device.type == "cuda"
         n = 8192 if large else 2048
-        left, right = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+        left, right = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
         source = torch.randn(1 << (30 if large else 27), device=device)  # 4 GB, 512 MB: more than any cache
         target = torch.empty_like(source)
         product, copy = lambda: torch.mm(left, right), lambda: target.copy_(source)

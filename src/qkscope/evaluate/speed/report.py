@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...config import Dtype
 from ...errors import UserError
 from ...files import unwritable, write_json
 from .bench import run_speed
@@ -21,7 +22,7 @@ HEAD = (
 RACE_HEAD = f"{'':<20}{'from pairs':>12}{'to pairs':>10}{'steps':>7}{'s':>8}{'CPU s':>8}{'KL':>9}{'times as fast':>15}"
 
 
-def bench_speed(size: str, path: Path | None) -> dict[str, Any]:
+def bench_speed(size: str, path: Path | None, dtype: Dtype = "float32") -> dict[str, Any]:
     """Run the benchmark, print its tables, write its figures after each group of parts."""
     if size not in SIZES:
         raise UserError(f"--size {size}: choose {', '.join(SIZES)}")
@@ -29,7 +30,7 @@ def bench_speed(size: str, path: Path | None) -> dict[str, Any]:
         raise UserError(f"--json {path}: {wrong}; name a file")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {}
-    for found in run_speed(SIZES[size], device):
+    for found in run_speed(SIZES[size], device, dtype):
         found = {"benchmark": "speed", "size": size, **found}
         if path is not None:
             write_json(path, found)
@@ -40,9 +41,10 @@ def bench_speed(size: str, path: Path | None) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
     machine, shape, ceiling = found["machine"], found["shape"], found["ceiling"]
+    products = ", ".join(f"{flops / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, flops in ceiling["flops_per_s"].items())
     yield (
         f"speed, size {found['size']}: {machine['name']} ({machine['device']}), {machine['threads']} of "
-        f"{machine['cores']} threads, torch {machine['torch']}, {machine['dtype']}"
+        f"{machine['cores']} threads, torch {machine['torch']}, {machine['dtype']} (published procedure: float32)"
     )
     yield (
         f"a GPT-2 of random weights, {shape['model_layers']} layers, {shape['heads']} heads x 64, context "
@@ -50,7 +52,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         f"tokens a step; maps of {shape['pairs']:,} pairs, masks over {shape['live'][0]} x {shape['live'][1]} features"
     )
     yield (
-        f"ceiling, measured in the same run: {ceiling['flops_per_s'] / 1e9:,.0f} GFLOP/s (a large product), "
+        f"ceiling, measured in the same run: {products} (a large product), "
         f"{ceiling['bytes_per_s'] / 1e9:.1f} GB/s (a large copy)"
     )
     if found["load"]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ...config import TrainingConfig
+from ...config import Dtype, TrainingConfig
 from ...training.job import Job
 from ...training.loop import train_step
 from ...training.stream import Harvest
@@ -23,11 +23,18 @@ class Harvests(Protocol):
 class Steps:
     """Jobs on harvests; `done`: the share of the training that the learning rate is taken at."""
 
-    def __init__(self, jobs: Sequence[Job], stream: Harvests, device: torch.device, done: float = 0.0) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        stream: Harvests,
+        device: torch.device,
+        done: float = 0.0,
+        dtype: Dtype = "float32",
+    ) -> None:
         self.jobs, self.stream, self.done, self.taken = jobs, stream, done, 0
         self.optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
         self.watch = Watch(device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=False)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.config = TrainingConfig()
 
     def step(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ far from uniform as a trained model's; tokens follow Zipf's law, as those of tex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from ...attention import AttentionInputs, AttentionSite, harvest, open_sites
-from ...config import DictionaryConfig, TrainingConfig
+from ...config import DictionaryConfig, Dtype, TrainingConfig
 from ...data.sequences import Batch
 from ...decomposition import SiteShape
 from ...parallel import kth_largest
@@ -77,10 +78,11 @@ SIZES = {
 
 
 class World:
-    """One model, its last three layers, and text for them."""
+    """One model, its last three layers, and text for them; for the published procedure a last layer in float32."""
 
-    def __init__(self, size: Size, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, size: Size, device: torch.device, seed: int = 0, dtype: Dtype = "float32") -> None:
         self.size, self.device = size, device
+        self.dtype: Dtype = dtype
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         with torch.random.fork_rng():
@@ -97,6 +99,9 @@ class World:
                 block.attn.c_attn.weight[:, : 2 * 64 * size.heads] *= SCALE
         model = model.to(device).eval().requires_grad_(False)
         self.sites = open_sites(model, None, range(size.model_layers)[-3:])
+        self.plain = self.last
+        if dtype == "bfloat16":
+            self.sites = open_sites(deepcopy(model).bfloat16(), None, range(size.model_layers)[-3:])
         self.generator = torch.Generator().manual_seed(seed)
         self.frequency = 1 / (torch.arange(size.vocabulary) + DIVERSITY)
 
