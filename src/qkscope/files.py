@@ -97,7 +97,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of `write_tensors`; a missing or damaged file is a `UserError`."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
+        # Copies, for in the file's own memory tensors begin anywhere, and the last bits of products hang on that.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, _metadata(file)  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

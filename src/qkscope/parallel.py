@@ -187,6 +187,7 @@ def send(value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
 def receive() -> tuple[Any, dict[str, Tensor]]:
     """What the first process sends, tensors in main memory; None at the end (`leave`)."""
     value, tensors = json.loads(_broadcast(None)), load(_broadcast(None))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # as `files.read_tensors` does
     if _world is not None and value is None:
         _world.dismissed = True
     return value, tensors
