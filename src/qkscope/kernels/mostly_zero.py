@@ -39,7 +39,7 @@ class MostlyZero:
     def of(cls, dense_nF: Tensor, on_nF: Tensor | None = None) -> MostlyZero:
         """What is not zero of a matrix; or what `on` says, bool [n, F]."""
         row_L, column_L = (dense_nF if on_nF is None else on_nF).nonzero(as_tuple=True)
-        value_L = dense_nF.flatten().index_select(0, row_L * dense_nF.shape[1] + column_L)
+        value_L: Tensor = _At.apply(dense_nF, row_L * dense_nF.shape[1] + column_L)  # type: ignore[assignment]
         return cls(row_L, column_L, value_L, *dense_nF.shape)
 
     def __len__(self) -> int:
@@ -92,6 +92,21 @@ class MostlyZero:
         """left rightᵀ where A is not zero, [L]."""
         places = csr_matrix(self.start_n, self.column_L, torch.zeros_like(self.value_L), self.n_columns)
         return torch.sparse.sampled_addmm(places, left_nM, right_FM.T, beta=0.0).values()
+
+
+class _At(torch.autograd.Function):
+    """Entries of a matrix by their places in its rows one after the other: no place twice, so gradients are copied."""
+
+    @staticmethod
+    def forward(ctx: Any, dense_nF: Tensor, place_L: Tensor) -> Tensor:
+        ctx.save_for_backward(place_L)
+        ctx.shape = dense_nF.shape
+        return dense_nF.flatten().index_select(0, place_L)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (place_L,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape.numel()).index_copy_(0, place_L, grads[0]).view(ctx.shape), None
 
 
 class _Times(torch.autograd.Function):
