@@ -1,11 +1,12 @@
 # make test   lint, types and tests          make demo   a run on the model that ships with the package
 # make lint   lint and types only            make clean  remove what make made, the environment included
+# make gpu    on a machine with a CUDA device: the kernels' tests there, and docs/speed.md's figures into build/gpu
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := test
-.PHONY: test lint demo clean
+.PHONY: test lint demo gpu clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -25,6 +26,15 @@ demo: $(STAMP)
 	  --training.tokens 160000 --training.batch-tokens 512 --pairs.count 2000 --pairs.tokens 120000 --evaluation.tokens 6144 \
 	  --evaluation.adversary-steps 20
 	@echo "open runs/demo/report.html in a browser, or look closer: $(BIN)/qkscope serve runs/demo"
+
+gpu: $(STAMP)
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
+	mkdir -p build/gpu
+	$(BIN)/pytest tests/unit/test_pattern_kl_triton.py
+	$(BIN)/python benchmarks/pattern_kl.py --contexts 256 1024 4096 | tee build/gpu/pattern_kl.txt
+	for dtype in float32 bfloat16; do for size in small medium wide; do \
+	  $(BIN)/qkscope bench speed --size $$size --dtype $$dtype --json build/gpu/speed_$${size}_$$dtype.json \
+	    | tee build/gpu/speed_$${size}_$$dtype.txt; done; done
 
 # The stamp is the last thing written and the first thing removed, so an environment without it is one that an
 # interrupted install left: it is made anew. One with it is brought up to date in place.

@@ -2,8 +2,8 @@
 
 A product [m, k] · [k, n] is 2mkn operations, and moves its two factors and its result once, in float32 (bfloat16 moves
 half of that, which is not told apart). Adam moves seven numbers a parameter (reads the weight, its gradient and two
-moments; writes three). Element-wise passes and reductions are left out of both: what they cost is what keeps a part from
-the ceiling.
+moments; writes three). Element-wise passes and reductions are left out of both: what they cost is what keeps a part
+from the ceiling.
 
 Products that take only what is not zero are counted as such (`sparse`), so the share of the ceiling is of operations
 that were needed. `dense` is what a counter of dense products sees (tests/unit/test_speed.py holds it against torch's).

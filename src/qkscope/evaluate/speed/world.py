@@ -70,6 +70,7 @@ SIZES = {
         context=1024, width=24_576, k=32, batch_tokens=8192, pairs=100_000, live=(2400, 2400), sample_tokens=8192,
         judged_tokens=2048, model_layers=12, mask_steps=600,
     ),
+    "wide": Size(width=100_000, k=32, pairs=100_000, model_layers=12),
     "large": Size(
         context=4096, width=24_576, k=32, batch_tokens=16_384, pairs=100_000, live=(2400, 2400), sample_tokens=16_384,
         judged_tokens=8192, model_layers=12, mask_steps=600,
