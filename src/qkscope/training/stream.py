@@ -7,8 +7,10 @@ draws its batches from a world whose truth is known.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -49,11 +51,51 @@ class Stream(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+class Ahead:
+    """A text whose next batch is made in a thread of its own while the present one is learned from.
+
+    One thread makes half a million tokens a second at best, and a GPU would wait for it. Its place is that of the
+    batches that were handed over; what goes wrong is raised where the batch is asked for.
+    """
+
+    def __init__(self, text: Sequences) -> None:
+        self.text, self._place = text, text.state()
+        self._coming: Future[tuple[Batch, dict[str, Any]]] | None = None
+
+    def __next__(self) -> Batch:
+        coming, self._coming = self._coming or self._begun(), None
+        batch, self._place = coming.result()
+        self._coming = self._begun()
+        return batch
+
+    def _begun(self) -> Future[tuple[Batch, dict[str, Any]]]:
+        coming: Future[tuple[Batch, dict[str, Any]]] = Future()
+
+        def make() -> None:
+            try:
+                coming.set_result((next(self.text), self.text.state()))
+            except BaseException as error:
+                coming.set_exception(error)
+
+        Thread(target=make, daemon=True, name="qkscope-text").start()
+        return coming
+
+    def state(self) -> dict[str, Any]:
+        return self._place
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if self._coming is not None:
+            wait([self._coming])
+        self._coming = None
+        self.text.restore(state)
+        self._place = self.text.state()
+
+
 class ModelStream:
     """Layers of one frozen model on a stream of sequences; one forward pass a batch, for this process's rows of it."""
 
     def __init__(self, sites: Sequence[AttentionSite], text: Sequences) -> None:
-        self.sites, self.text = sites, text
+        self.sites, self.text = sites, Ahead(text)
         self.device = next(sites[0].model.parameters()).device
 
     def __next__(self) -> Harvest:
