@@ -11,7 +11,7 @@ import pytest
 from qkscope import cli
 from qkscope.errors import UserError
 from qkscope.evaluate.quality import report
-from qkscope.evaluate.quality.bench import LIVE, PLAIN, Size
+from qkscope.evaluate.quality.bench import LIVE, PLAIN, PLAIN_HALF, Size
 from qkscope.evaluate.quality.page import curve_of
 from qkscope.evaluate.quality.report import bench_quality, least, scoreboard, scores_of
 
@@ -50,7 +50,7 @@ def layer_of(seed: int = 0, pruned: float = 0.1) -> dict[str, Any]:
     rows = [
         row("seed", "all pairs", 0.2, 8.0), row("default", "all pairs", 0.1, 8.0),
         row("default, half the L0", "all pairs", 0.2, 4.0), row("default, a quarter", "all pairs", 0.4, 2.0),
-        row(PLAIN, "all pairs", 0.08, 8.0), row(LIVE, "all pairs", 0.11, 8.0),
+        row(PLAIN, "all pairs", 0.1, 8.0), row(PLAIN_HALF, "all pairs", 0.4, 4.0), row(LIVE, "all pairs", 0.11, 8.0),
         row("random", "all pairs", 0.9, 8.0), row("svd", "all pairs", 0.6, 8.0),
         row("seed", "mask λ=1e-06", 0.2, 8.0, 10_000), row("seed", "mask λ=1e-06", 0.3, 8.0, 4000),
         row("seed", "mask λ=1e-05", 0.25, 8.0, 5000), row("seed", "mask λ=1e-05", 0.28, 8.0, 4000),
@@ -63,7 +63,8 @@ def test_scores_are_ratios_to_the_baseline() -> None:
     scores = scores_of(layer_of())
     assert scores["KL ÷ seed's, at seed's L0"] == pytest.approx(0.5)
     assert scores["L0 ÷ seed's, at seed's KL"] == pytest.approx(0.5)
-    assert scores["KL ÷ seed's, at seed's L0, no pair penalty"] == pytest.approx(0.4)
+    assert scores["KL ÷ seed's, at seed's L0, no pair penalty"] == pytest.approx(0.5)
+    assert scores["L0 ÷ seed's, at seed's KL, no pair penalty"] == pytest.approx(0.5**0.5)
     assert scores["pairs ÷ those of mask λ=1e-06, at its KL"] == pytest.approx(0.1)
     assert scores["pairs ÷ those of mask λ=1e-05, at its KL"] == pytest.approx(0.2)  # no fewer were tried
     assert scores["KL ÷ the best mask's cut to 4,000 pairs"] == pytest.approx(0.1 / 0.28)
@@ -144,7 +145,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     } <= set(maps)
     assert all(r["pairs"] <= r["asked"] for r in maps.values())
     assert maps["default", "prune and tune", 60]["adversary"]["logit_kl"]["adversary"]["mean"] > 0
-    for name in ("default", "default, half the L0", LIVE, PLAIN, "random", "svd"):
+    for name in ("default", "default, half the L0", LIVE, PLAIN, PLAIN_HALF, "random", "svd"):
         assert sum(r["dictionary"] == name and r["method"] == "all pairs" for r in rows) == 1
     printed = capsys.readouterr().out
     assert "KL ÷ seed's, at seed's L0" in printed and "stories-gpt2 layer 1, seed 1" in printed
@@ -159,7 +160,7 @@ def test_the_curves_of_the_page_are_the_rows() -> None:
     layers = [layer_of(0, pruned=0.1), layer_of(1, pruned=0.3)]
     by_pairs = sorted(curve_of(layers, "default", "pairs", "pattern_kl"))
     assert by_pairs == [(1000, pytest.approx(0.2), [0.2, 0.2]), (4000, pytest.approx(0.2), [0.1, 0.3])]
-    layers[1]["rows"][8] = row("seed", "mask λ=1e-06", 0.22, 8.0, 12_000)  # the mask as it is leaves another count
+    layers[1]["rows"][9] = row("seed", "mask λ=1e-06", 0.22, 8.0, 12_000)  # the mask as it is leaves another count
     masks = sorted(curve_of(layers, "seed", "pairs", "pattern_kl"))  # at 4,000 pairs the stronger mask's
     assert [x for x, _, _ in masks] == [4000, 5000, 11_000]
     assert [y for _, y, _ in masks] == pytest.approx([0.28, 0.25, 0.21])

@@ -2,8 +2,8 @@
 
 1. The baseline: `seed`, the published recipe with its faults mended, and its trained mask. Its held-out L0 on each side
    is what the others get.
-2. `default` at that L0, at half and at a quarter of it, and at that L0 without its pair penalty; the untrained controls
-   at that L0; and `live width`, `default` anew with only as many features as lived.
+2. `default` at that L0, at half and at a quarter of it, and without its pair penalty at that L0 and at half of it; the
+   untrained controls at that L0; and `live width`, `default` anew with only as many features as lived.
 3. Pairs: the seed's masks, as they are and cut to smaller counts by importance; prune and tune of `default`.
 4. What an adversary can do to the maps with what they left out.
 
@@ -37,7 +37,7 @@ from ..patterns import KLScore, PatternScore, uniform_log_pattern
 from ..report import Activity
 from ..workbench import MASK, Workbench
 
-PLAIN = "no pair penalty"
+PLAIN, PLAIN_HALF = "no pair penalty", "no pair penalty, half the L0"
 LIVE = "live width"
 
 
@@ -166,6 +166,7 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
         "default, half the L0": DictionaryConfig(width=size.width, k=k / 2, k_key=k_key / 2),
         "default, a quarter": DictionaryConfig(width=size.width, k=k / 4, k_key=k_key / 4),
         PLAIN: DictionaryConfig(width=size.width, k=k, k_key=k_key, pair_sparsity=0.0),
+        PLAIN_HALF: DictionaryConfig(width=size.width, k=k / 2, k_key=k_key / 2, pair_sparsity=0.0),
     }
     jobs = {name: bench.step1(name, config) for name, config in configs.items()}
     seconds = bench.fit(list(jobs.values()), size.tokens) / len(jobs)

@@ -124,12 +124,18 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     rows = {(row["dictionary"], row["method"], row.get("asked")): row for row in layer["rows"]}
     seed, default = rows["seed", "all pairs", None], rows["default", "all pairs", None]
     masks = whole_masks(layer)
-    by_l0 = [(row["l0_query"]["mean"] + row["l0_key"]["mean"], kl_of(row)) for row in layer["rows"] if _of_default(row)]
-    base_l0 = seed["l0_query"]["mean"] + seed["l0_key"]["mean"]
+    whole = {key: row for key, row in rows.items() if key[1] == "all pairs"}
+
+    def l0_at_its_kl(name: str) -> float | None:
+        """The L0 at which a dictionary's curve has the baseline's KL, relative to the baseline's."""
+        curve = [(_l0(row), kl_of(row)) for (which, _, _), row in whole.items() if which.split(", ")[0] == name]
+        return _ratio(least(curve, kl_of(seed)), _l0(seed))
+
     out: dict[str, float | None] = {
         "KL ÷ seed's, at seed's L0": kl_of(default) / kl_of(seed),
         "KL ÷ seed's, at seed's L0, no pair penalty": kl_of(rows[PLAIN, "all pairs", None]) / kl_of(seed),
-        "L0 ÷ seed's, at seed's KL": _ratio(least(by_l0, kl_of(seed)), base_l0),
+        "L0 ÷ seed's, at seed's KL": l0_at_its_kl("default"),
+        "L0 ÷ seed's, at seed's KL, no pair penalty": l0_at_its_kl(PLAIN),
         "dead, default": max(default[f"dead_{side}"]["mean"] for side in SIDES),
         "KL at the live width ÷ KL, default": kl_of(rows[LIVE, "all pairs", None]) / kl_of(default),
     }
@@ -154,8 +160,9 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     return out
 
 
-def _of_default(row: dict[str, Any]) -> bool:
-    return row["dictionary"].startswith("default") and row["method"] == "all pairs"
+def _l0(row: dict[str, Any]) -> float:
+    """Active features of both sides."""
+    return row["l0_query"]["mean"] + row["l0_key"]["mean"]
 
 
 def kl_of(row: dict[str, Any]) -> float:
