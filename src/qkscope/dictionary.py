@@ -116,18 +116,18 @@ class SparseTranscoder(nn.Module):
 
     def _chooses_few(self, x_nD: Tensor) -> bool:
         few = self.training and self.activation == "batchtopk" and self.k <= SHARE * self.width
-        return few and x_nD.device.type == "cpu" and parallel.size() == 1
+        return few and x_nD.device.type == "cpu"
 
     def _batch_topk(self, x_nD: Tensor) -> MostlyZero:
         """What `activate` chooses, from those above half the running threshold where these are enough."""
-        norms, count = self.norms(), self._chosen(len(x_nD))
+        norms, count = self.norms(), self._chosen(parallel.count(len(x_nD)))
         encoder = self._encoder(x_nD)
         for least_F in (self.threshold / 2 / norms, torch.zeros_like(norms)):
             large = large_entries(*encoder, least_F)
             sizes_L = large.value_L * norms[large.column_L]
-            if len(sizes_L) >= count:
+            if enough := parallel.number(len(sizes_L)) >= count:
                 break
-        cut = sizes_L.kthvalue(len(sizes_L) - count + 1).values if len(sizes_L) >= count else norms.new_zeros(())
+        cut = parallel.kth_largest(sizes_L, count) if enough else norms.new_zeros(())
         self._follow(cut)
         return with_gradient(large.take((sizes_L >= cut).nonzero()[:, 0]), *encoder)
 

@@ -242,6 +242,11 @@ def count(here: int) -> int:
     return here if _division is None else _division.whole
 
 
+def number(here: int) -> int:
+    """Sum over processes of how many each has."""
+    return here if _division is None else int(total(torch.tensor(here)))
+
+
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, share: float) -> Tensor:
@@ -296,8 +301,7 @@ def whole_rows(rows_BX: Tensor) -> Tensor:
     """The whole batch's rows in their order, of those here: rows of numbers, and not many."""
     if _division is None:
         return rows_BX
-    n_rows = int(total(torch.tensor(len(rows_BX))))
-    out = torch.zeros(n_rows, *rows_BX.shape[1:], dtype=torch.float32, device=rows_BX.device)
+    out = torch.zeros(number(len(rows_BX)), *rows_BX.shape[1:], dtype=torch.float32, device=rows_BX.device)
     out[rank() :: size()] = rows_BX.float()
     return total(out).to(rows_BX.dtype)
 

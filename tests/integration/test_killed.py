@@ -115,6 +115,8 @@ def test_killed_again_and_again(killed: Callable[..., Path]) -> None:
         ({"dictionary.recipe": "seed"}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
         ({"dictionary.activation": "jumprelu"}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
         ({"dictionary.dead-after": 150}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
+        ({"dictionary.width": 150, "dictionary.k": 3}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
+        ({"dictionary.width": 150, "dictionary.k": 3}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
         ({"dictionary.activation": "topk"}, "gpt2", ("open", "layer_0/metrics.jsonl", STEPS + 3)),
         ({"training.dtype": "bfloat16"}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
         # Under a bound, some layers stop at a stage and others go on.

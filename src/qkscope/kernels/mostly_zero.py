@@ -70,12 +70,15 @@ class MostlyZero:
         """Sums of these numbers, one an entry, over each column, [F]."""
         return value_L.new_zeros(self.n_columns).index_add(0, self.column_L, value_L)
 
-    def column_variance(self) -> Tensor:
-        """Of each column, [F]."""
-        mean_F = self.column_sums(self.value_L) / self.n_rows
-        count_F = torch.bincount(self.column_L, minlength=self.n_columns)
-        squares_F = self.column_sums((self.value_L - mean_F[self.column_L]).square())
-        return (squares_F + (self.n_rows - count_F) * mean_F.square()) / self.n_rows
+    def column_means(self) -> Tensor:
+        """Of each column, its zeros included, [F]."""
+        return self.column_sums(self.value_L) / self.n_rows
+
+    def square_distances(self, centre_F: Tensor) -> Tensor:
+        """Mean over rows of (A - centre)², [F]."""
+        zeros_F = self.n_rows - torch.bincount(self.column_L, minlength=self.n_columns)
+        squares_F = self.column_sums((self.value_L - centre_F[self.column_L]).square())
+        return (squares_F + zeros_F * centre_F.square()) / self.n_rows
 
     # Without gradients
 

@@ -68,13 +68,14 @@ def _mean_square(acts: Tensor | MostlyZero, on: Tensor) -> Tensor:
     """Of these features, over the whole batch's tokens."""
     if isinstance(acts, Tensor):
         return parallel.mean(acts[:, on].float().square().mean(0))
-    return acts.column_sums(acts.value_L.square())[on] / len(acts)
+    return parallel.mean(acts.square_distances(torch.zeros(acts.n_columns)))[on]
 
 
 def _variance(acts: Tensor | MostlyZero, on: Tensor) -> Tensor:
     if isinstance(acts, Tensor):
         return parallel.variance(acts[:, on].float())
-    return acts.column_variance()[on]
+    centre_F = parallel.mean(acts.column_means()).detach()  # as in parallel.variance
+    return parallel.mean(acts.square_distances(centre_F))[on]
 
 
 def _drawn(index: Tensor, draw: int) -> tuple[Tensor, float]:
