@@ -130,7 +130,7 @@ class TrainingConfig(Config):
     """Share of the training over which the learning rate falls to a hundredth, at the end."""
     dtype: Dtype = "float32"
     """Type of the model's and the dictionaries' products; pattern, log-softmax and KL are float32 always. bfloat16 is
-    about twice as fast on a CPU with AVX-512 BF16 or AMX, and half the memory of the model."""
+    faster on a GPU and on CPUs with AVX-512 BF16 or AMX, and the model takes half the memory."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU where there is one."""
     seed: int = 0

@@ -158,7 +158,8 @@ class SparseTranscoder(nn.Module):
         if isinstance(acts, MostlyZero):
             return acts
         on_nF = acts.detach() > 0
-        if self.activation == "jumprelu" and pre_nF is not None:
+        if self.activation == "jumprelu":
+            assert pre_nF is not None  # BatchTopK alone has none
             on_nF |= _nearness(pre_nF.detach().relu() * self.norms(), self.threshold.detach()) > 0
         return MostlyZero.of(acts, on_nF)
 

@@ -20,7 +20,7 @@ from qkscope.evaluate.speed import bench, measure, published, race, report
 from qkscope.evaluate.speed.bench import MASK, SEED, THEIR_MASK, THEIRS, THREE, Way, pair_ways, ratios, step1_ways
 from qkscope.evaluate.speed.measure import Ceiling, Timing, in_turns, most_held
 from qkscope.evaluate.speed.work import Work, adam, product, seen_share, sparse
-from qkscope.evaluate.speed.world import SIZES, Size, World, job_of
+from qkscope.evaluate.speed.world import SIZES, RandomText, Size, World, job_of
 from qkscope.training.step1 import Step1Job
 
 TINY = Size(
@@ -94,6 +94,15 @@ def test_both_recipes_start_with_about_k_features(world: World) -> None:
         for side in (job.query, job.key):
             active = (side.encode(statistics["query"].x_nD) > 0).sum(1).float().mean()
             assert float(active) == pytest.approx(5, abs=0.1)
+
+
+def test_random_text_goes_back(world: World) -> None:
+    stream = RandomText(world, [world.last], 48)
+    place = json.loads(json.dumps(stream.state()))
+    once = next(stream).layers[world.last.layer].x_BTD
+    assert not torch.equal(next(stream).layers[world.last.layer].x_BTD, once)
+    stream.restore(place)
+    assert torch.equal(next(stream).layers[world.last.layer].x_BTD, once)
 
 
 # Time and memory -------------------------------------------------------------------------------------

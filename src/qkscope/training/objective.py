@@ -124,9 +124,11 @@ def sparsity_loss(
     transcoder: SparseTranscoder, pre_nF: Tensor | None, acts: Tensor | MostlyZero, weight: float
 ) -> Tensor:
     """What keeps an activation sparse that is not sparse by itself: ReLU's root penalty, JumpReLU's pull of L0 to k."""
-    if weight and transcoder.activation == "jumprelu" and pre_nF is not None:
+    if weight and transcoder.activation == "jumprelu":
+        assert pre_nF is not None  # BatchTopK alone has none
         return weight * transcoder.l0_gap(pre_nF.float())
-    if weight and transcoder.activation == "relu" and isinstance(acts, Tensor):
+    if weight and transcoder.activation == "relu":
+        assert isinstance(acts, Tensor)
         return weight * root_penalty(acts.float(), transcoder.W_dec.norm(dim=1))
     return transcoder.W_dec.new_zeros(())
 

@@ -54,8 +54,8 @@ class Stream(Protocol):
 class Ahead:
     """A text whose next batch is made in a thread of its own while the present one is learned from.
 
-    One thread makes half a million tokens a second at best, and a GPU would wait for it. Its place is that of the
-    batches that were handed over; what goes wrong is raised where the batch is asked for.
+    A GPU would else wait while the text is tokenised. The place is that of the batches that were handed over; what goes
+    wrong is raised where the batch is asked for.
     """
 
     def __init__(self, text: Sequences) -> None:

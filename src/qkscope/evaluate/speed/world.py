@@ -139,7 +139,7 @@ class World:
 
 
 class RandomText:
-    """Endless harvests of random text."""
+    """Endless harvests of a world's random text; its place is the world's, which all its texts share."""
 
     def __init__(self, world: World, sites: Sequence[AttentionSite], tokens: int) -> None:
         self.world, self.sites, self.tokens = world, sites, tokens
@@ -150,10 +150,10 @@ class RandomText:
         return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, batch.n_tokens)
 
     def state(self) -> dict[str, Any]:
-        raise NotImplementedError("random text is not gone back to")
+        return {"generator": self.world.generator.get_state().tolist()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("random text is not gone back to")
+        self.world.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 
 
 def job_of(
