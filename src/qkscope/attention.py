@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .models import block_of, load_model
+from .models import blocks_through, load_model
 from .pattern import AttentionInputs, PatternRule, PatternSource
 from .rotary import RotaryCall, RotaryLayout
 from .routing import IMPLEMENTATION, SUPPORTED, Stop, attention_modules, handlers, name_of, no_cache, random_tokens
@@ -105,10 +105,21 @@ class AttentionSite:
     @property
     def block(self) -> nn.Module:
         """The layer's block: what the residual stream goes into, of which the attention is a part."""
-        found = block_of(self.model, self.module)
-        if found is None:
+        found = blocks_through(self.model, self.module)
+        if not found:
             raise UserError(f"{name_of(self.model)}: its layers are no list, so the residual stream is not found")
-        return found
+        return found[-1]
+
+    @contextmanager
+    def lower_layers_once(self) -> Iterator[None]:
+        """While open, the blocks below this layer's run in the first pass only; later ones are handed what they put out.
+
+        For passes on the same tokens, none of which changes anything below this layer.
+        """
+        with ExitStack() as stack:
+            for block in blocks_through(self.model, self.module)[:-1]:
+                stack.enter_context(_once(block))
+            yield
 
     @contextmanager
     def _handle(
@@ -308,6 +319,25 @@ def harvest(
         with suppress(Stop):
             sites[0]._forward(tokens_BT, real_BT)
     return [found[site.layer] for site in sites]
+
+
+@contextmanager
+def _once(block: nn.Module) -> Iterator[None]:
+    forward, had = block.forward, vars(block).get("forward")
+    found: list[Any] = []
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        if not found:
+            found.append(forward(*args, **kwargs))
+        return found[0]
+
+    block.forward = replay
+    try:
+        yield
+    finally:
+        del block.forward
+        if had is not None:  # libraries that spread a model over devices put their own there
+            block.forward = had
 
 
 def open_sites(

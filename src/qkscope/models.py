@@ -1,4 +1,4 @@
-"""Load a Hugging Face model and its tokenizer, or say in one line why not; find the block of one of its modules."""
+"""Load a Hugging Face model and its tokenizer, or say in one line why not; find the blocks up to one of its modules."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def block_of(model: nn.Module, part: nn.Module) -> nn.Module | None:
-    """The member of the model's list of layers that a module is part of; None where it is part of none."""
+def blocks_through(model: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The model's list of layers up to the one that a module is part of; empty where it is part of none."""
     path = next(name for name, module in model.named_modules() if module is part).split(".")
-    for end in range(len(path), 0, -1):
-        if isinstance(model.get_submodule(".".join(path[: end - 1])), nn.ModuleList):
-            return model.get_submodule(".".join(path[:end]))
-    return None
+    for end in range(len(path) - 1, -1, -1):
+        blocks = model.get_submodule(".".join(path[:end]))
+        if isinstance(blocks, nn.ModuleList):
+            return list(blocks)[: int(path[end]) + 1]
+    return []
 
 
 def _is_causal(config: Any) -> bool:

@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from qkscope import routing
 from qkscope.attention import AttentionInputs, AttentionSite, PatternRule, harvest, open_sites
 from qkscope.errors import UserError
+from qkscope.models import blocks_through
 from qkscope.rotary import Rotary
 
 T = 19  # longer than every sliding window, and not the length that a site checks itself with
@@ -275,6 +276,44 @@ def test_a_replaced_pattern_is_multiplied_with_the_values() -> None:
     module: Any = site.module
     value = module.v_proj(x[0]).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2)
     close(seen[0], module.o_proj(torch.einsum("qk,bknh->bqnh", previous, value).flatten(2)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_below_run_once_and_change_nothing(name: str) -> None:
+    model = tiny_model(name)
+    site = AttentionSite(model, None, layer=1)
+    calls: list[nn.Module] = []
+    below, block = blocks_through(model, site.module)
+
+    def passes() -> list[Tensor]:
+        calls.clear()
+        with torch.no_grad():
+            found = [run(model, *batch())]
+            with site.replace_pattern(uniform):
+                found.append(run(model, *batch()))
+        return found
+
+    for one in (below, block):
+        next(one.children()).register_forward_pre_hook(lambda module, _, one=one: calls.append(one))
+    wanted = passes()
+    assert calls == [below, block] * 2
+    with site.lower_layers_once():
+        found = passes()
+        assert calls == [below, block, block]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not torch.equal(*wanted)
+    passes()
+    assert calls == [below, block] * 2
+
+
+def test_running_once_leaves_a_forward_of_ones_own_in_its_place() -> None:
+    model: Any = tiny_model("llama")
+    site = AttentionSite(model, None, layer=1)
+    own = model.model.layers[0].forward
+    model.model.layers[0].forward = own
+    with pytest.raises(KeyboardInterrupt), site.lower_layers_once():
+        raise KeyboardInterrupt
+    assert vars(model.model.layers[0])["forward"] is own and "forward" not in vars(model.model.layers[1])
 
 
 def test_a_site_cannot_be_replaced_twice_at_once() -> None:

@@ -11,7 +11,7 @@ from tiny import VOCABULARY, tiny_model
 
 from qkscope.attention import AttentionSite
 from qkscope.data.sequences import Batch
-from qkscope.evaluate.patched import PatchedScore, zero_pattern
+from qkscope.evaluate.patched import PatchedScore, Predictions, zero_pattern
 from qkscope.evaluate.patterns import uniform_pattern
 from qkscope.kernels.row_kl import exp
 
@@ -58,3 +58,22 @@ def test_layers_are_replaced_together(name: str) -> None:
     assert found["logit_kl"]["zero"]["mean"] > 0.01
     assert set(found["recovered"]["own"]) == {"zero", "uniform"}
     close(torch.tensor(found["recovered"]["own"]["zero"]["logit_kl"]["mean"]), torch.ones(()), 1e-3)
+
+
+def test_divergence_is_exact_however_far_the_logits_are_from_zero() -> None:
+    site = AttentionSite(tiny_model("gpt2"), None, layer=1)
+    batch = some_batch()
+    with torch.no_grad():
+        own = Predictions(site, batch)
+        with site.replace_pattern(lambda inputs: exp(inputs.log_pattern_BNQK * 1.01)):
+            other = Predictions(site, batch)
+    for shown in (own, other):
+        shown.logits_BTV -= 120  # about where GPT-2's are
+        shown.total_BT -= 120
+    p, q = (shown.logits_BTV.double().log_softmax(-1) for shown in (own, other))
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert 1e-7 < kl.mean() < 1e-2
+    torch.testing.assert_close(own.kl(other).double(), kl, rtol=1e-2, atol=2e-5)
+    following = batch.tokens_BT[:, 1:, None]
+    nats = -q[:, :-1].gather(-1, following)[..., 0]
+    torch.testing.assert_close(other.next_token_loss().double(), nats, rtol=0, atol=2e-5)  # 120 in float32 has 8e-6

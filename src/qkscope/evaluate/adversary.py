@@ -27,7 +27,7 @@ from ..pairs.pair_map import rows, with_bias
 from ..pattern import AttentionInputs
 from ..training.stream import harvest_finite
 from .figures import Ratio
-from .patched import log_probabilities
+from .patched import Predictions
 
 RATE = 0.1  # the first step of m; steps shrink linearly to nothing
 LARGEST = 1 << 28  # pairs beyond which there is no adversary: several dense tensors of them are needed
@@ -47,16 +47,17 @@ def adversary(
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         dropped = Dropped(dec, harvest_finite(site, batch))
-        target = log_probabilities(site, batch).detach()
         tries = {"kept": 0.0, "all": 1.0, "random": torch.rand(dropped.dropped_NQK.shape, generator=generator)}
-        for name, m in tries.items():
-            m_NQK = dropped.dropped_NQK * (m.to(dropped.dropped_NQK) if isinstance(m, Tensor) else m)
+        with site.lower_layers_once():
             with torch.no_grad():
-                _note(found[name], _logit_kl(site, batch, dropped, m_NQK, target), batch)
-        with torch.enable_grad():
-            m_NQK = _climb(site, batch, dropped, target, steps)
-        with torch.no_grad():
-            _note(found["adversary"], _logit_kl(site, batch, dropped, m_NQK, target), batch)
+                own = Predictions(site, batch)
+                for name, m in tries.items():
+                    m_NQK = dropped.dropped_NQK * (m.to(dropped.dropped_NQK) if isinstance(m, Tensor) else m)
+                    _note(found[name], _logit_kl(site, dropped, m_NQK, own), batch)
+            with torch.enable_grad():
+                m_NQK = _climb(site, dropped, own, steps)
+            with torch.no_grad():
+                _note(found["adversary"], _logit_kl(site, dropped, m_NQK, own), batch)
     return {"steps": steps, "logit_kl": {name: ratio.figure() for name, ratio in found.items()}}
 
 
@@ -83,22 +84,21 @@ class Dropped:
         return exp(self.rule.masked(self.rule.cap(self.kept_BNQK + more)).log_softmax(-1))
 
 
-def _climb(site: AttentionSite, batch: Batch, dropped: Dropped, target: Tensor, steps: int) -> Tensor:
+def _climb(site: AttentionSite, dropped: Dropped, own: Predictions, steps: int) -> Tensor:
     m_NQK = 0.5 * dropped.dropped_NQK
     for step in range(steps):
         m_NQK.requires_grad_(True)
-        kl = _logit_kl(site, batch, dropped, m_NQK, target)[batch.real_BT].mean()
+        kl = _logit_kl(site, dropped, m_NQK, own)[own.batch.real_BT].mean()
         (gradient,) = torch.autograd.grad(kl, m_NQK)
         m_NQK = m_NQK.detach() + RATE * (1 - step / steps) * gradient.sign()
         m_NQK = m_NQK.clamp(0, 1) * dropped.dropped_NQK
     return m_NQK
 
 
-def _logit_kl(site: AttentionSite, batch: Batch, dropped: Dropped, m_NQK: Tensor, target: Tensor) -> Tensor:
+def _logit_kl(site: AttentionSite, dropped: Dropped, m_NQK: Tensor, own: Predictions) -> Tensor:
     """KL(true logits ‖ patched logits) of each token, [B, T]."""
     with site.replace_pattern(lambda inputs: dropped.pattern(m_NQK)):
-        patched = log_probabilities(site, batch)
-    return (exp(target) * (target - patched)).sum(-1)
+        return own.kl(Predictions(site, own.batch))
 
 
 def _note(ratio: Ratio, kl_BT: Tensor, batch: Batch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,17 +35,16 @@ class PatchedScore:
         self, sites: Sequence[AttentionSite], batch: Batch, variants: dict[str, Sequence[PatternSource]]
     ) -> None:
         """The same for several layers of one model at once: a variant has a source for each of them."""
-        counted = batch.real_BT[:, 1:]
-        plain = log_probabilities(sites[0], batch)
-        self._note(self.ce, "model", _next_token_loss(plain, batch), counted)
-        for name, sources in variants.items():
-            with ExitStack() as stack:
-                for site, source in zip(sites, sources, strict=True):
-                    stack.enter_context(site.replace_pattern(source))
-                patched = log_probabilities(sites[0], batch)
-            self._note(self.ce, name, _next_token_loss(patched, batch), counted)
-            kl = (exp(plain) * (plain - patched)).sum(-1)
-            self._note(self.kl, name, kl, batch.real_BT)
+        with min(sites, key=lambda site: site.layer).lower_layers_once():
+            own = Predictions(sites[0], batch)
+            self._note(self.ce, "model", own.next_token_loss(), batch.real_BT[:, 1:])
+            for name, sources in variants.items():
+                with ExitStack() as stack:
+                    for site, source in zip(sites, sources, strict=True):
+                        stack.enter_context(site.replace_pattern(source))
+                    patched = Predictions(sites[0], batch)
+                self._note(self.ce, name, patched.next_token_loss(), batch.real_BT[:, 1:])
+                self._note(self.kl, name, own.kl(patched), batch.real_BT)
 
     @staticmethod
     def _note(into: dict[str, Ratio], name: str, values_BT: Tensor, counted_BT: Tensor) -> None:
@@ -88,13 +88,28 @@ def _one_minus(figure: dict[str, Any]) -> dict[str, Any]:
     return {"mean": mean, "ci95": None if ci is None else [1 - ci[1], 1 - ci[0]]}
 
 
-def log_probabilities(site: AttentionSite, batch: Batch) -> Tensor:
-    return site._forward(batch.tokens_BT, batch.real_BT).logits.float().log_softmax(-1)
+class Predictions:
+    """The logits of one pass of the model as it now is, float32 [B, T, V], and what is asked of them."""
 
+    def __init__(self, site: AttentionSite, batch: Batch) -> None:
+        self.batch = batch
+        self.logits_BTV: Tensor = site._forward(batch.tokens_BT, batch.real_BT).logits.float()
+        self.total_BT = self.logits_BTV.logsumexp(-1)
 
-def _next_token_loss(log_probabilities: Tensor, batch: Batch) -> Tensor:
-    """Nats for each token after the first, [B, T - 1]."""
-    return -log_probabilities[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
+    @cached_property
+    def probabilities_BTV(self) -> Tensor:
+        return self.logits_BTV.softmax(-1)
+
+    def next_token_loss(self) -> Tensor:
+        """Nats for each token after the first, [B, T - 1]."""
+        following = self.batch.tokens_BT[:, 1:, None]
+        return self.total_BT[:, :-1] - self.logits_BTV[:, :-1].gather(-1, following)[..., 0]
+
+    def kl(self, other: Predictions) -> Tensor:
+        """KL(these ‖ the other) of each token in nats, [B, T]."""
+        # No logarithm of the other's probabilities is written down, and logits' offsets go before they are summed.
+        difference = self.logits_BTV - other.logits_BTV
+        return torch.linalg.vecdot(self.probabilities_BTV, difference) + other.total_BT - self.total_BT
 
 
 def ready(log_pattern: Tensor) -> PatternSource:

@@ -212,10 +212,11 @@ def published_mask(s: Shape) -> Work:
 def evaluation(s: Shape, vocabulary: int, variants: int, curve: int) -> Work:
     """The report's pass over held-out text, its large products.
 
-    Harvest; the model with its logits, as it is and with each variant; activations for each thing that reads them;
-    reconstructions with and without the map's rows; the pruned map, the parts of it on the curve, its pairs counted.
+    Harvest; the model as it is, its last layer with each variant, logits of all; activations for each thing that reads
+    them; reconstructions with and without the map's rows; the pruned map, the parts of it on the curve, its pairs
+    counted.
     """
-    work = harvest(s) + (model(s, s.layers) + product(s.n, s.D, vocabulary)) * (1 + variants)
+    work = harvest(s) + model(s, s.layers + variants) + product(s.n, s.D, vocabulary) * (1 + variants)
     work += encode(s, batchtopk=True) * (3 + curve)
     work += (product(s.n, s.Fq, s.M) + product(s.n, s.Fk, s.M) + s.scores()) * 2
     return work + map_scores(s) * (2 + curve)
