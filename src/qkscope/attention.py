@@ -112,7 +112,7 @@ class AttentionSite:
 
     @contextmanager
     def lower_layers_once(self) -> Iterator[None]:
-        """While open, the blocks below this layer's run in the first pass only; later ones are handed what they put out.
+        """While open, the blocks below this layer's run in the first pass only; later passes get what they put out.
 
         For passes on the same tokens, none of which changes anything below this layer.
         """
