@@ -76,7 +76,7 @@ class Case:
     def step(self, way: str) -> Callable[[], object]:
         """A step of refit or of tune, or the KL of the pruned map, on all tokens as one batch."""
         world, query, key = self.world, self.query, self.key
-        shape, layer = SiteShape(**world.last.shape, rotary=False, reads=None), world.last.layer
+        shape, layer = SiteShape(**world.site.shape, rotary=False, reads=None), world.site.layer
         pairs = Pairs(**load_file(self.path), n_query=self.width, n_key=self.width, n_heads=shape.N)
         batch = world.text(self.step_tokens)
         inputs = world.read(batch)

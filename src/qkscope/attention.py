@@ -40,20 +40,30 @@ class AttentionSite:
 
     Making one runs the model a few times on random tokens and raises `UserError` where the model does not route its
     attention through the registry, the layer does not exist, or the site's own pattern is not the model's.
-    `residual`: hand over the residual stream before the layer's norm as x, for dictionaries that read it.
+    `residual`: hand over the residual stream before the layer's norm as x, for dictionaries that read it. `modules`: the
+    model's attention modules, where they are known.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, layer: int, residual: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        layer: int,
+        residual: bool = False,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
         self.model, self.tokenizer, self.layer = model, tokenizer, layer
-        self.modules = attention_modules(model)
+        self.modules = modules or attention_modules(model)
         if not 0 <= layer < len(self.modules):
             raise UserError(
                 f"layer {layer} is out of range: the model has attention layers 0 to {len(self.modules) - 1}"
             )
         self.module = self.modules[layer]
         self.residual = False
-        self.layout = self._find_rotary()
-        self.check()
+        with self.lower_layers_once():
+            self.layout = self._find_rotary()
+            self.check()
         self.residual = residual
 
     @classmethod
@@ -284,11 +294,13 @@ class AttentionSite:
             if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
                 raise UserError(f"{name_of(self.model)}: its attention reports no pattern; supported: {SUPPORTED}")
             patterns.append(output[1])
+            raise Stop
 
         hook = self.module.register_forward_hook(after)
         self.model.set_attn_implementation("eager")  # type: ignore[operator]
         try:
-            self._forward(tokens, real)
+            with suppress(Stop):
+                self._forward(tokens, real)
         finally:
             self.model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
             hook.remove()
@@ -344,7 +356,8 @@ def open_sites(
     model: nn.Module, tokenizer: Any, layers: Sequence[int], *, residual: bool = False
 ) -> list[AttentionSite]:
     """A site for each layer of one model."""
-    return [AttentionSite(model, tokenizer, layer=layer, residual=residual) for layer in layers]
+    modules = attention_modules(model)
+    return [AttentionSite(model, tokenizer, layer=layer, residual=residual, modules=modules) for layer in layers]
 
 
 def _first_output(output: Any) -> Tensor:

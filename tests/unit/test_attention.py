@@ -294,7 +294,11 @@ def test_layers_below_run_once_and_change_nothing(name: str) -> None:
         return found
 
     for one in (below, block):
-        next(one.children()).register_forward_pre_hook(lambda module, _, one=one: calls.append(one))
+
+        def note(module: nn.Module, args: object, one: nn.Module = one) -> None:
+            calls.append(one)
+
+        next(one.children()).register_forward_pre_hook(note)
     wanted = passes()
     assert calls == [below, block] * 2
     with site.lower_layers_once():

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qkscope import cli
 from qkscope.errors import UserError
 from qkscope.evaluate.speed import bench, measure, published, race, report
-from qkscope.evaluate.speed.bench import MASK, SEED, THEIR_MASK, THEIRS, THREE, Way, pair_ways, ratios, step1_ways
+from qkscope.evaluate.speed.bench import DEFAULT, MASK, SEED, THEIR_MASK, THEIRS, Way, pair_ways, ratios, step1_ways
 from qkscope.evaluate.speed.measure import Ceiling, Timing, in_turns, most_held
 from qkscope.evaluate.speed.work import Work, adam, product, seen_share, sparse
 from qkscope.evaluate.speed.world import SIZES, RandomText, Size, World, job_of
@@ -25,7 +25,7 @@ from qkscope.training.step1 import Step1Job
 
 TINY = Size(
     context=24, width=150, k=2, batch_tokens=50, pairs=300, live=(20, 30), sample_tokens=48, judged_tokens=48,
-    heads=2, model_layers=4, vocabulary=200, repeats=2, mask_steps=5,
+    heads=2, all_layers=True, vocabulary=200, repeats=2, mask_steps=5,
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -47,7 +47,11 @@ def counted(way: Way) -> int:
     return counter.get_total_flops()
 
 
-NAMES = ["harvest", "step 1, default", SEED, THREE, THEIRS, "selection, for each count", "refit", THEIR_MASK]
+THREE, ALL = ", layers 1 2 3", ", all 4"
+NAMES = [
+    "harvest", DEFAULT, SEED, THEIRS, DEFAULT + THREE, THEIRS + THREE, DEFAULT + ALL, THEIRS + ALL,
+    "selection, for each count", "refit", THEIR_MASK,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +92,7 @@ def test_units_of_work() -> None:
 
 
 def test_both_recipes_start_with_about_k_features(world: World) -> None:
-    statistics = world.statistics()[-1]
+    statistics = world.statistics([3])[0]
     for recipe in ("seed", "default"):
         job = job_of(3, statistics, recipe, (100, 120), 5)
         for side in (job.query, job.key):
@@ -97,12 +101,12 @@ def test_both_recipes_start_with_about_k_features(world: World) -> None:
 
 
 def test_random_text_goes_back(world: World) -> None:
-    stream = RandomText(world, [world.last], 48)
+    stream = RandomText(world, [world.site], 48)
     place = json.loads(json.dumps(stream.state()))
-    once = next(stream).layers[world.last.layer].x_BTD
-    assert not torch.equal(next(stream).layers[world.last.layer].x_BTD, once)
+    once = next(stream).layers[world.site.layer].x_BTD
+    assert not torch.equal(next(stream).layers[world.site.layer].x_BTD, once)
     stream.restore(place)
-    assert torch.equal(next(stream).layers[world.last.layer].x_BTD, once)
+    assert torch.equal(next(stream).layers[world.site.layer].x_BTD, once)
 
 
 # Time and memory -------------------------------------------------------------------------------------
@@ -145,14 +149,14 @@ def test_ceilings_are_the_higher_ones() -> None:
     assert Ceiling(2.0, 5.0).over(Ceiling(3.0, 4.0)) == Ceiling(3.0, 5.0)
 
 
-def test_ratios_are_turn_by_turn_and_for_as_many_layers() -> None:
+def test_ratios_are_turn_by_turn_and_of_the_same_layers() -> None:
     def part(*seconds: float) -> dict[str, Any]:
         return {"seconds_all": list(seconds)}
 
-    found = ratios({THEIRS: part(4, 6, 6), SEED: part(2, 2, 4), THREE: part(3, 3, 3)})
-    assert found == {
-        "step 1, one layer, seed recipe": {"median": 2.0, "range": [1.5, 3.0]},
-        "step 1, three layers, default recipe": {"median": 6.0, "range": [4.0, 6.0]},
+    parts = {THEIRS: part(4, 6, 6), SEED: part(2, 2, 4), THEIRS + THREE: part(9, 9, 12), DEFAULT + THREE: part(3, 3, 3)}
+    assert ratios({**parts, MASK: part(1, 1, 1), "refit": part(1, 1, 1)}) == {
+        SEED: {"median": 2.0, "range": [1.5, 3.0]},
+        DEFAULT + THREE: {"median": 3.0, "range": [3.0, 4.0]},
     }
 
 
@@ -184,13 +188,18 @@ def test_the_command(
     said = capsys.readouterr().out
     assert f"torch {torch.__version__}" in said and "1 of" in said and "150 features a side" in said
     for name, part in found["parts"].items():
-        assert sum(line.startswith(f"{name:<31}") for line in said.splitlines()) == 1
+        shown = sum(line.startswith(f"{name:<31}") for line in said.splitlines())
+        assert shown == 1 + (name in found["ratios"])
         assert part["tokens"] == 48 and len(part["seconds_all"]) == 1
         assert part["tokens_per_s"] == pytest.approx(48 / part["seconds"])
         ceiling = CEILINGS["float32" if "published" in name else dtype]
         assert part["of_ceiling_flops"] == pytest.approx(part["flops"] / part["seconds"] / ceiling)
     assert set(NAMES) | {MASK, "importance and ranking", "tune", "evaluation"} <= set(found["parts"])
-    assert len(found["ratios"]) == 4 and found["whole_mask"]["pairs"] == 151**2 * 2 and "measured once" in said
+    assert (
+        set(found["ratios"]) == {SEED, DEFAULT, DEFAULT + THREE, DEFAULT + ALL, MASK}
+        and found["whole_mask"]["pairs"] == 151**2 * 2
+        and "measured once" in said
+    )
     rows = found["race"]["rows"]
     assert [row["method"] for row in rows] == ["published mask", "ranked, refitted", "ranked, tuned"]
     assert rows[0]["reached"] and rows[0]["steps"] == 5 and rows[0]["pairs"] <= rows[0]["from_pairs"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -35,7 +35,7 @@ from .world import RandomText, Size, World, job_of
 
 VARIANTS = 5  # patterns that the report puts into the model, one at a time
 MASK_SPARSITY, MASK_RATE = 1e-6, 1e-2
-SEED, DEFAULT, THREE, THEIRS = "step 1, seed", "step 1, default", "step 1, default, 3 layers", "published step 1"
+SEED, DEFAULT, THEIRS = "step 1, seed", "step 1, default", "published step 1"
 MASK, THEIR_MASK = "mask", "published mask"
 PLAIN: Dtype = "float32"
 
@@ -63,7 +63,7 @@ def run_speed(size: Size, device: torch.device, dtype: Dtype = "float32") -> Ite
         ceilings = {name: ceilings[name].over(Ceiling.measured(device, name)) for name in dtypes}
         found["parts"] |= {name: timing.figures(device) for name, timing in timings.items()}
         for name, part in found["parts"].items():  # by the highest ceiling that the machine has shown so far
-            part |= _rates(part["seconds"], ways[name], ceilings[PLAIN if name in (THEIRS, THEIR_MASK) else dtype])
+            part |= _rates(part["seconds"], ways[name], ceilings[PLAIN if name.startswith("published") else dtype])
         found["ceiling"] = {
             "flops_per_s": {name: ceiling.flops for name, ceiling in ceilings.items()},
             "bytes_per_s": max(ceiling.bytes for ceiling in ceilings.values()),
@@ -102,44 +102,51 @@ def _rates(seconds: float, way: Way, ceiling: Ceiling) -> dict[str, float]:
 
 
 def ratios(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """How many times as fast ours is for as many layers and tokens, turn by turn."""
+    """How many times as fast ours is on the same layers and as many tokens, turn by turn."""
     found = {}
-    for name, theirs, ours, layers in (
-        ("step 1, one layer, seed recipe", THEIRS, SEED, 1),
-        ("step 1, one layer, default recipe", THEIRS, DEFAULT, 1),
-        ("step 1, three layers, default recipe", THEIRS, THREE, 3),  # theirs takes each layer by itself
-        ("mask over the same features", THEIR_MASK, MASK, 1),
-    ):
-        if theirs in parts and ours in parts:
-            turns = zip(parts[theirs]["seconds_all"], parts[ours]["seconds_all"], strict=True)
-            each = [layers * a / b for a, b in turns]
-            found[name] = {"median": median(each), "range": [min(each), max(each)]}
+    for ours, part in parts.items():
+        theirs = THEIR_MASK if ours == MASK else THEIRS if ours == SEED else ours.replace(DEFAULT, THEIRS)
+        if ours.startswith((SEED, DEFAULT, MASK)) and theirs in parts:
+            turns = zip(parts[theirs]["seconds_all"], part["seconds_all"], strict=True)
+            each = [a / b for a, b in turns]
+            found[ours] = {"median": median(each), "range": [min(each), max(each)]}
     return found
 
 
 def step1_ways(world: World) -> dict[str, Way]:
-    """Harvest, and a step of step 1: ours by both recipes and for three layers in one harvest; the published one."""
+    """Harvest, and a step of step 1 of one layer and of several: ours in one pass, the published one a pass a layer."""
     size, device = world.size, world.device
     width, dense, n = (size.width, size.width), device.type != "cpu", size.step_tokens
-    shape = shape_of(size, width)
-    statistics = world.statistics()
-    plain_job = job_of(world.last.layer, statistics[-1], "seed", width, size.k)
     sparsity, rate = (RECIPES["seed"][name] for name in ("sparsity", "learning_rate"))
-    plain = published.Step1(world.plain, *_sides(plain_job, size), sparsity=sparsity, rate=FLOOR * rate)
 
-    def steps(recipe: str, n_layers: int) -> Way:
-        chosen = list(zip(world.sites, statistics, strict=True))[-n_layers:]
-        jobs = [job_of(site.layer, s, recipe, width, size.k) for site, s in chosen]
-        stream = RandomText(world, [site for site, _ in chosen], n)
-        done = work.step1(shape, n_layers, default=recipe == "default", dense=dense)
-        return Way(Steps(jobs, stream, device, dtype=world.dtype).step, n, done)
+    def jobs(recipe: str, layers: Sequence[int]) -> list[Step1Job]:
+        return [job_of(i, s, recipe, width, size.k) for i, s in zip(layers, world.statistics(layers), strict=True)]
 
+    def steps(recipe: str, layers: Sequence[int]) -> Way:
+        stream = RandomText(world, [world.sites[layer] for layer in layers], n)
+        shape = shape_of(size, width, below=layers[-1])
+        done = work.step1(shape, len(layers), default=recipe == "default", dense=dense)
+        return Way(Steps(jobs(recipe, layers), stream, device, dtype=world.dtype).step, n, done)
+
+    def published_steps(layers: Sequence[int]) -> Way:
+        done = sum((work.published_step1(shape_of(size, width, below=layer)) for layer in layers), Work())
+        plain = [
+            published.Step1(world.plain[job.layer], *_sides(job, size), sparsity=sparsity, rate=FLOOR * rate)
+            for job in jobs("seed", layers)
+        ]
+        return Way(lambda: [step1.step(world.text(n).tokens_BT) for step1 in plain], n, done)
+
+    one = [size.layer]
+    together: dict[str, Sequence[int]] = {f"layers {' '.join(map(str, size.layers))}": size.layers}
+    if size.all_layers:
+        together[f"all {size.model_layers}"] = range(size.model_layers)
     return {
-        "harvest": Way(lambda: world.read(world.text(n)), n, work.harvest(shape)),
-        DEFAULT: steps("default", 1),
-        SEED: steps("seed", 1),
-        THREE: steps("default", 3),
-        THEIRS: Way(lambda: plain.step(world.text(n).tokens_BT), n, work.published_step1(shape)),
+        "harvest": Way(lambda: world.read(world.text(n)), n, work.harvest(shape_of(size, width))),
+        DEFAULT: steps("default", one),
+        SEED: steps("seed", one),
+        THEIRS: published_steps(one),
+        **{f"{DEFAULT}, {name}": steps("default", layers) for name, layers in together.items()},
+        **{f"{THEIRS}, {name}": published_steps(layers) for name, layers in together.items()},
     }
 
 
@@ -148,8 +155,8 @@ def pair_ways(world: World) -> dict[str, Way]:
     size, device = world.size, world.device
     width, dense, n = (size.width, size.width), device.type != "cpu", size.step_tokens
     n_sample, n_judged = size.whole(size.sample_tokens), size.whole(size.judged_tokens)
-    bench, statistics = world.workbench(n_sample), world.statistics()[-1]
-    job = job_of(world.last.layer, statistics, "default", width, size.k).eval()
+    bench, statistics = world.workbench(n_sample), world.statistics([size.layer])[0]
+    job = job_of(world.site.layer, statistics, "default", width, size.k).eval()
     for side in (job.query, job.key):
         side.calibrate(statistics["query"].x_nD)
     pairs, worth = rank_pairs(bench.sample, job.query, job.key, size.pairs)
@@ -158,18 +165,18 @@ def pair_ways(world: World) -> dict[str, Way]:
     step_shape, selected_shape, judged_shape = (
         shape_of(size, encoded, len(pairs), used, tokens) for tokens in (n, n_sample, n_judged)
     )
-    stream = RandomText(world, [world.last], n)
+    stream = RandomText(world, [world.site], n)
     refitted, tuned = (bench.map_job(name, job, pairs, tuned=name == "tune") for name in ("refit", "tune"))
     tuned.keep(torch.arange(len(pairs), device=device))  # as a run does: features without a pair go
     tuned_shape = shape_of(size, (tuned.query.width, tuned.key.width), len(pairs), used)
     firing = [len(features) for features in firing_features(bench.sample, job.query, job.key)]
     dec, batch = bench.decomposition(bench.map_job("map", job, pairs)), world.text(n_judged)
 
-    few = job_of(world.last.layer, statistics, "seed", size.live, size.k)
-    plain = published.Mask(world.plain, *_sides(few, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
+    few = job_of(world.site.layer, statistics, "seed", size.live, size.k)
+    plain = published.Mask(world.plain[size.layer], *_sides(few, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
     live = torch.arange(size.live[0] + 1, device=device), torch.arange(size.live[1] + 1, device=device)
     ours = MaskJob(
-        world.last.layer, "mask", few.query, few.key, live, size.heads, sparsity=MASK_SPARSITY, rate=MASK_RATE
+        world.site.layer, "mask", few.query, few.key, live, size.heads, sparsity=MASK_SPARSITY, rate=MASK_RATE
     )  # fmt: skip
     few_shape = shape_of(size, size.live)
     return {
@@ -204,7 +211,7 @@ def _used(key: SparseTranscoder, pairs: Pairs, sample: list[AttentionInputs]) ->
 
 @torch.no_grad()
 def _evaluate(dec: Decomposition, world: World, batch: Batch, sample: list[AttentionInputs]) -> None:
-    measure(dec, world.last, [batch], sample, Examples(dec, 12, drawn=2, pairs=4), controls=False)
+    measure(dec, world.site, [batch], sample, Examples(dec, 12, drawn=2, pairs=4), controls=False)
 
 
 def _whole_mask(world: World) -> dict[str, Any]:
@@ -213,8 +220,8 @@ def _whole_mask(world: World) -> dict[str, Any]:
     pairs = (size.width + 1) ** 2 * size.heads
     if said := shortfall([(size.width + 1, size.width + 1, size.heads)], world.device):
         return {"pairs": pairs, "skipped": said}
-    job = job_of(world.last.layer, world.statistics()[-1], "seed", (size.width, size.width), size.k)
-    mask = published.Mask(world.plain, *_sides(job, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
+    job = job_of(world.site.layer, world.statistics([size.layer])[0], "seed", (size.width, size.width), size.k)
+    mask = published.Mask(world.plain[size.layer], *_sides(job, size), sparsity=MASK_SPARSITY, rate=MASK_RATE)
     wall, processor = timed(lambda: mask.step(world.text(size.batch_tokens).tokens_BT), world.device)
     return {"pairs": pairs, "wall_s": wall, "processor_s": processor, "tokens": size.step_tokens}
 
@@ -223,9 +230,12 @@ def _sides(job: Step1Job, size: Size) -> tuple[published.Side, published.Side]:
     return published.Side(job.query, size.heads), published.Side(job.key, size.heads)
 
 
-def shape_of(size: Size, width: tuple[int, int], pairs: int = 0, used: float = 0, tokens: int | None = None) -> Shape:
-    """What the counts of work.py are of."""
+def shape_of(
+    size: Size, width: tuple[int, int], pairs: int = 0, used: float = 0, tokens: int | None = None,
+    below: int | None = None,
+) -> Shape:  # fmt: skip
+    """What the counts of work.py are of; `below`: where layers above the one that is measured alone are read."""
     return Shape(
         tokens or size.step_tokens, size.context, 64 * size.heads, size.heads, 64, *width, size.k, size.model_layers,
-        pairs, used,
+        size.layer if below is None else below, pairs, used,
     )  # fmt: skip

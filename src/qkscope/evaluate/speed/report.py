@@ -48,8 +48,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"a GPT-2 of random weights, {shape['model_layers']} layers, {shape['heads']} heads x 64, context "
-        f"{shape['context']}; {shape['width']:,} features a side, {shape['k']:g} active; {shape['batch_tokens']:,} "
-        f"tokens a step; maps of {shape['pairs']:,} pairs, masks over {shape['live'][0]} x {shape['live'][1]} features"
+        f"{shape['context']}; layer {shape['layers'][len(shape['layers']) // 2]}; {shape['width']:,} features a side, "
+        f"{shape['k']:g} active; {shape['batch_tokens']:,} tokens a step; maps of {shape['pairs']:,} pairs, masks over "
+        f"{shape['live'][0]} x {shape['live'][1]} features"
     )
     yield (
         f"ceiling, measured in the same run: {products} (a large product), "
@@ -75,7 +76,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "times as fast as the published procedure (lowest and highest over the turns):"
     for name, ratio in found["ratios"].items():
         low, high = ratio["range"]
-        yield f"{name:<40}{ratio['median']:>6.2f}  ({low:.2f}-{high:.2f})"
+        yield f"{name:<31}{ratio['median']:>6.2f}  ({low:.2f}-{high:.2f})"
     if whole := found.get("whole_mask"):
         yield ""
         if "skipped" in whole:

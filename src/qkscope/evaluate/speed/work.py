@@ -51,7 +51,7 @@ def adam(parameters: float) -> Work:
 
 @dataclass(frozen=True)
 class Shape:
-    """n tokens in sequences of T, D wide, N heads of H; Fq and Fk features, k of them active; layers of the model."""
+    """n tokens in sequences of T, D wide, N heads of H; Fq and Fk features, k of them active."""
 
     n: int
     T: int
@@ -62,6 +62,9 @@ class Shape:
     Fk: int
     k: float
     layers: int
+    """Of the model."""
+    below: int
+    """Layers of the model below the one that is read, or below the highest of them."""
     P: int = 0
     """Pairs of a map."""
     used: float = 0
@@ -86,8 +89,8 @@ def model(s: Shape, layers: int) -> Work:
 
 
 def harvest(s: Shape) -> Work:
-    """Forward as far as the last layer's queries, keys and values."""
-    return model(s, s.layers - 1) + product(s.n, s.D, 3 * s.D)
+    """Forward as far as the layer's queries, keys and values."""
+    return model(s, s.below) + product(s.n, s.D, 3 * s.D)
 
 
 def step1(s: Shape, layers: int, *, default: bool, dense: bool) -> Work:
@@ -194,9 +197,8 @@ def mask(s: Shape) -> Work:
 
 
 def published_step1(s: Shape) -> Work:
-    """A step of one layer with the whole model's own pass; every product dense, b_in's gradient among them."""
-    work = model(s, s.layers) + s.scores()  # its layer's pattern once more, as the target
-    work += s.scores() * (3 + 2 + 2)  # scores and the gradients that autograd is asked for, of the three KLs
+    """A step of one layer with a pass of its own; every product dense, b_in's gradient among them."""
+    work = harvest(s) + s.scores() * (4 + 2 + 2)  # scores, and the gradients that autograd is asked for of the KLs
     for F in (s.Fq, s.Fk):
         work += product(s.n, s.D, F) * 3 + product(s.n, F, s.M) * 3 + adam(F * (s.D + s.M + 1) + s.D + s.M)
     return work
@@ -204,7 +206,7 @@ def published_step1(s: Shape) -> Work:
 
 def published_mask(s: Shape) -> Work:
     a, b = s.Fq + 1, s.Fk + 1
-    work = model(s, s.layers) + s.scores() + product(s.n, s.D, s.Fq) + product(s.n, s.D, s.Fk)
+    work = harvest(s) + s.scores() + product(s.n, s.D, s.Fq) + product(s.n, s.D, s.Fk)
     work += product(s.n, a, b * s.N) + product(s.T * s.N, b, s.T, s.B)  # y of every key feature and head; scores
     return work + product(s.T * s.N, s.T, b, s.B) + product(a, s.n, b * s.N) + adam(a * b * s.N)
 
@@ -212,11 +214,15 @@ def published_mask(s: Shape) -> Work:
 def evaluation(s: Shape, vocabulary: int, variants: int, curve: int) -> Work:
     """The report's pass over held-out text, its large products.
 
-    Harvest; the model as it is, its last layer with each variant, logits of all; activations for each thing that reads
-    them; reconstructions with and without the map's rows; the pruned map, the parts of it on the curve, its pairs
-    counted.
+    Harvest; the model as it is, from the layer on with each variant, logits of all; activations for each thing that
+    reads them; reconstructions with and without the map's rows; the pruned map, the parts of it on the curve, its
+    pairs counted.
     """
-    work = harvest(s) + model(s, s.layers + variants) + product(s.n, s.D, vocabulary) * (1 + variants)
+    work = (
+        harvest(s)
+        + model(s, s.layers + (s.layers - s.below) * variants)
+        + product(s.n, s.D, vocabulary) * (1 + variants)
+    )
     work += encode(s, batchtopk=True) * (3 + curve)
     work += (product(s.n, s.Fq, s.M) + product(s.n, s.Fk, s.M) + s.scores()) * 2
     return work + map_scores(s) * (2 + curve)

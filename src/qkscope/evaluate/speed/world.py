@@ -49,10 +49,19 @@ class Size:
     """Tokens of the evaluation."""
     heads: int = 12
     model_layers: int = 4
+    layers: tuple[int, ...] = (1, 2, 3)
+    """Those that are learned together; the middle one is what is done to one layer."""
+    all_layers: bool = False
+    """Whether all layers of the model are learned together too."""
     vocabulary: int = 50_257
     repeats: int = 3
     mask_steps: int = 160
     """Steps of the published mask in the race (race.py)."""
+
+    @property
+    def layer(self) -> int:
+        """The one that is measured alone."""
+        return self.layers[len(self.layers) // 2]
 
     @property
     def step_tokens(self) -> int:
@@ -64,22 +73,23 @@ class Size:
         return max(tokens // self.context, 1) * self.context
 
 
+GPT2_SMALL: Any = {"model_layers": 12, "layers": (2, 6, 10)}  # the published layers
 SIZES = {
-    "small": Size(),
+    "small": Size(**GPT2_SMALL, all_layers=True),
     "medium": Size(
         context=1024, width=24_576, k=32, batch_tokens=8192, pairs=100_000, live=(2400, 2400), sample_tokens=8192,
-        judged_tokens=2048, model_layers=12, mask_steps=600,
+        judged_tokens=2048, mask_steps=600, **GPT2_SMALL,
     ),
-    "wide": Size(width=100_000, k=32, pairs=100_000, model_layers=12),
+    "wide": Size(width=100_000, k=32, pairs=100_000, **GPT2_SMALL),
     "large": Size(
         context=4096, width=24_576, k=32, batch_tokens=16_384, pairs=100_000, live=(2400, 2400), sample_tokens=16_384,
-        judged_tokens=8192, model_layers=12, mask_steps=600,
+        judged_tokens=8192, mask_steps=600, **GPT2_SMALL,
     ),
 }  # fmt: skip
 
 
 class World:
-    """One model, its last three layers, and text for them; for the published procedure a last layer in float32."""
+    """One model, its layers that are learned, by number, and text for them; the published procedure's in float32."""
 
     def __init__(self, size: Size, device: torch.device, seed: int = 0, dtype: Dtype = "float32") -> None:
         self.size, self.device = size, device
@@ -99,16 +109,17 @@ class World:
             with torch.no_grad():
                 block.attn.c_attn.weight[:, : 2 * 64 * size.heads] *= SCALE
         model = model.to(device).eval().requires_grad_(False)
-        self.sites = open_sites(model, None, range(size.model_layers)[-3:])
-        self.plain = self.last
+        layers = range(size.model_layers) if size.all_layers else size.layers
+        self.sites = self.plain = {site.layer: site for site in open_sites(model, None, layers)}
         if dtype == "bfloat16":
-            self.sites = open_sites(deepcopy(model).bfloat16(), None, range(size.model_layers)[-3:])
+            self.sites = {site.layer: site for site in open_sites(deepcopy(model).bfloat16(), None, layers)}
         self.generator = torch.Generator().manual_seed(seed)
         self.frequency = 1 / (torch.arange(size.vocabulary) + DIVERSITY)
 
     @property
-    def last(self) -> AttentionSite:
-        return self.sites[-1]
+    def site(self) -> AttentionSite:
+        """The layer that is measured alone."""
+        return self.sites[self.size.layer]
 
     def text(self, tokens: int) -> Batch:
         """Random sequences of the size's context, at least one."""
@@ -120,21 +131,21 @@ class World:
         return batch.to(self.device)
 
     def read(self, batch: Batch) -> AttentionInputs:
-        """What the last layer's attention is handed."""
-        return harvest([self.last], batch.tokens_BT, batch.real_BT)[0]
+        """What this layer's attention is handed."""
+        return harvest([self.site], batch.tokens_BT, batch.real_BT)[0]
 
     def workbench(self, tokens: int) -> Workbench:
-        """The last layer with its sample, for maps and their pruning."""
-        shape = SiteShape(**self.last.shape, rotary=False, reads=None)
+        """This layer with its sample, for maps and their pruning."""
+        shape = SiteShape(**self.site.shape, rotary=False, reads=None)
         sample = [self.read(self.text(self.size.batch_tokens)) for _ in range(max(tokens // self.size.batch_tokens, 1))]
         return Workbench(
-            self.last.layer, shape, sample, lambda: RandomText(self, [self.last], tokens), TrainingConfig()
+            self.site.layer, shape, sample, lambda: RandomText(self, [self.site], tokens), TrainingConfig()
         )
 
-    def statistics(self) -> list[dict[str, SideStatistics]]:
-        """Of each of the layers, on one batch."""
+    def statistics(self, layers: Sequence[int]) -> list[dict[str, SideStatistics]]:
+        """Of each of these layers, on one batch."""
         batch = self.text(self.size.batch_tokens)
-        seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
+        seen = harvest([self.sites[layer] for layer in layers], batch.tokens_BT, batch.real_BT)
         return [side_statistics([inputs]) for inputs in seen]
 
 
