@@ -150,7 +150,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     printed = capsys.readouterr().out
     assert "KL ÷ seed's, at seed's L0" in printed and "stories-gpt2 layer 1, seed 1" in printed
     page = path.with_suffix(".html").read_text(encoding="utf-8")
-    assert "stories-gpt2 layer 1" in page and page.count("<figure>") == 6 and "seeds: 2" in page
+    assert "stories-gpt2 layer 1" in page and page.count("<figure>") == 6 and "seeds 0, 1; KL of" in page
     path.write_text(json.dumps({"benchmark": "planted"}))
     with pytest.raises(UserError, match="something other"):
         bench_quality("small", ["stories-gpt2"], [1], [0], path, 1)

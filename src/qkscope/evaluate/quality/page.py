@@ -29,17 +29,19 @@ def write_scoreboard(path: Path, found: dict[str, Any]) -> None:
     layers: dict[str, list[dict[str, Any]]] = {}
     for layer in found["layers"]:
         layers.setdefault(f"{layer['model']} layer {layer['layer']}", []).append(layer)
-    budget, seeds = found["budget"], len({layer["seed"] for layer in found["layers"]})
+    budget = found["budget"]
     width, tokens, heldout = (number(budget[key]) for key in ("width", "tokens", "heldout_tokens"))
     about = (
         f"Dictionaries of {width} features a side, trained on {tokens} tokens, pruned on as many, held out: {heldout}; "
-        f"seeds: {seeds}; {found['device']}. Lower and further left is better. Whiskers: least and most over "
-        "seeds, or 95 % over sequences where there is one. What is not above zero has no place on a log axis."
+        f"{found['device']}. Lower and further left is better. Whiskers: least and most over seeds, or 95 % over "
+        "sequences where there is one. What is not above zero has no place on a log axis."
     )
     body = [f'<h1>Quality beside the published recipe</h1><p class="soft">{text(about)}</p>', _scores(found)]
     for name, same in layers.items():
         uniform = statistics.fmean(layer["uniform_kl"]["mean"] for layer in same)
-        body.append(f'<section><h2>{text(name)}</h2><p class="soft">KL of a uniform pattern: {number(uniform)}</p>')
+        seeds = ", ".join(str(layer["seed"]) for layer in same)
+        said = f"seeds {seeds}; KL of a uniform pattern: {number(uniform)}"
+        body.append(f'<section><h2>{text(name)}</h2><p class="soft">{said}</p>')
         body.append(f'<div class="figures">{"".join(_plots(same))}</div></section>')
     write_text(path, charts.page("qkscope: quality", "\n".join(body)))
 

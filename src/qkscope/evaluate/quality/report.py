@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from ...attention import AttentionSite
 from ...data.documents import EMBEDDED
 from ...decomposition import SIDES
 from ...embedded import EMBEDDED_MODELS
 from ...errors import UserError
 from ...files import unwritable, write_json
 from ...models import load_model
+from ...routing import attention_modules
 from ..workers import worker_pool
 from .bench import LIVE, PLAIN, LayerBench, Size, rows_of, whole_masks
 from .page import write_scoreboard
@@ -81,7 +81,7 @@ def _tasks_of(name: str, layers: Sequence[int], seed: int) -> list[Task]:
     model, _, source = name.partition("=")
     if not source and model not in EMBEDDED_MODELS:
         raise UserError(f"--models {name}: name its text too, MODEL=TEXT (a .txt, .jsonl or .parquet file)")
-    there = len(AttentionSite(load_model(model)[0], layer=0).modules)
+    there = len(attention_modules(load_model(model)[0]))
     wrong = [layer for layer in layers if not 0 <= layer < there]
     if wrong:
         raise UserError(f"--layers {wrong[0]}: {model} has layers 0 to {there - 1}")
