@@ -40,8 +40,8 @@ class AttentionSite:
 
     Making one runs the model a few times on random tokens and raises `UserError` where the model does not route its
     attention through the registry, the layer does not exist, or the site's own pattern is not the model's.
-    `residual`: hand over the residual stream before the layer's norm as x, for dictionaries that read it. `modules`: the
-    model's attention modules, where they are known.
+    `residual`: hand over the residual stream before the layer's norm as x, for dictionaries that read it.
+    `modules`: the model's attention modules, where they are known.
     """
 
     def __init__(
