@@ -4,8 +4,7 @@
    is what the others get.
 2. `default` at that L0, at half and at a quarter of it, and without its pair penalty at that L0 and at half of it; the
    untrained controls at that L0; and `live width`, `default` anew with only as many features as lived.
-3. Pairs: the seed's masks, as they are and cut to smaller counts by importance; prune and tune of `default`, and to few
-   pairs of dictionaries with three times its pair penalty.
+3. Pairs: the seed's masks, as they are and cut to smaller counts by importance; prune and tune of `default`.
 4. What an adversary can do to the maps with what they left out.
 
 All dictionaries read the same training tokens, all ways to prune the same again. Every figure is a mean over held-out
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +38,6 @@ from ..report import Activity
 from ..workbench import MASK, Workbench
 
 PLAIN, PLAIN_HALF = "no pair penalty", "no pair penalty, half the L0"
-FEW, FEW_SPARSITY = "more pair penalty", 0.03
 LIVE = "live width"
 
 
@@ -63,8 +60,6 @@ class Size:
     """Training tokens of the mask: dense, it takes ten times as long a token as the rest with a rotary embedding."""
     adversary_count: int
     adversary_tokens: int
-    few_counts: tuple[int, ...] = ()
-    """As `counts`, for the dictionaries with more of the pair penalty."""
     adversary_steps: int = 160
     batch_tokens: int = 2048
     sample_tokens: int = 8192
@@ -172,7 +167,6 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
         "default, a quarter": DictionaryConfig(width=size.width, k=k / 4, k_key=k_key / 4),
         PLAIN: DictionaryConfig(width=size.width, k=k, k_key=k_key, pair_sparsity=0.0),
         PLAIN_HALF: DictionaryConfig(width=size.width, k=k / 2, k_key=k_key / 2, pair_sparsity=0.0),
-        FEW: DictionaryConfig(width=size.width, k=k, k_key=k_key, pair_sparsity=FEW_SPARSITY),
     }
     jobs = {name: bench.step1(name, config) for name, config in configs.items()}
     seconds = bench.fit(list(jobs.values()), size.tokens) / len(jobs)
@@ -187,30 +181,20 @@ def rows_of(bench: LayerBench) -> Iterator[dict[str, Any]]:
     yield {"dictionary": LIVE, "method": "all pairs", "seconds": seconds, **bench.judge(narrow)}
     for name, figures in bench.controls(jobs["default"]).items():
         yield {"dictionary": name, "method": "all pairs", "seconds": 0.0, **figures}
-    weakest = f"{MASK}{size.mask_sparsity[0]:g}"
-    for row, made in chain(
-        _pruned(bench, "seed", seed, size.counts, (), size.mask_sparsity),
-        _pruned(bench, "default", jobs["default"], size.counts, ("tune",)),
-    ):
-        if row["asked"] == size.adversary_count and row["method"] != weakest:
-            row["adversary"] = bench.adversary(made)
-        yield row
-    for row, _ in _pruned(bench, FEW, jobs[FEW], size.few_counts, ("tune",)):
-        yield row
+    yield from _pruned(bench, "seed", seed, (), size.mask_sparsity)
+    yield from _pruned(bench, "default", jobs["default"], ("tune",), ())
 
 
 def _pruned(
-    bench: LayerBench,
-    name: str,
-    job: Step1Job,
-    counts: Sequence[int],
-    methods: Sequence[str],
-    masks: Sequence[float] = (),
-) -> Iterator[tuple[dict[str, Any], MapJob]]:
-    """Every way to prune to each count: its row, and the map."""
+    bench: LayerBench, name: str, job: Step1Job, methods: Sequence[str], masks: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """Rows of every way to prune; the adversary plays against `adversary_count` pairs, not the weakest mask's."""
     size = bench.size
-    for method, count, made, seconds in bench.prune(job, counts, size.tokens, methods, masks, size.mask_tokens):
-        yield {"dictionary": name, "method": method, "asked": count, "seconds": seconds, **bench.judge(made)}, made
+    for method, count, made, seconds in bench.prune(job, size.counts, size.tokens, methods, masks, size.mask_tokens):
+        row = {"dictionary": name, "method": method, "asked": count, "seconds": seconds, **bench.judge(made)}
+        if count == size.adversary_count and method != f"{MASK}{size.mask_sparsity[0]:g}":
+            row["adversary"] = bench.adversary(made)
+        yield row
 
 
 def whole_masks(layer: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -11,12 +11,11 @@ from ...files import write_text
 from .. import charts
 from ..charts import Series, bounds, legend, number, text
 from ..page_parts import framed, table
-from .bench import FEW, whole_masks
+from .bench import whole_masks
 
 CURVES = {  # dictionaries: what is said, circle class
     "seed": ("published recipe, mended", "g"),
     "default": ("default", "a"),
-    FEW: ("three times its pair penalty", "b"),
 }
 LOSSES = {
     "pattern_kl": ("Pattern KL", "nats a query row (log)"),

@@ -26,19 +26,18 @@ from ...files import unwritable, write_json
 from ...models import load_model
 from ...routing import attention_modules
 from ..workers import worker_pool
-from .bench import FEW, LIVE, PLAIN, LayerBench, Size, rows_of, whole_masks
+from .bench import LIVE, PLAIN, LayerBench, Size, rows_of, whole_masks
 from .page import write_scoreboard
 
 SIZES = {
     "small": Size(
         width=300, sparsity=0.02, tokens=300_000, heldout_tokens=8_192,
-        counts=(16000, 8000, 4000, 2000, 1000, 500), few_counts=(8000, 4000, 2000, 1000, 500, 250, 125),
+        counts=(16000, 8000, 4000, 2000, 1000, 500),
         mask_sparsity=(1e-6, 1e-5), mask_tokens=100_000,
         adversary_count=2000, adversary_tokens=512, batch_tokens=512,
     ),
     "medium": Size(
-        width=600, sparsity=0.01, tokens=2_000_000, heldout_tokens=32_768,
-        counts=(16000, 8000, 4000, 2000, 1000, 500), few_counts=(8000, 4000, 2000, 1000, 500, 250, 125),
+        width=600, sparsity=0.01, tokens=2_000_000, heldout_tokens=32_768, counts=(16000, 8000, 4000, 2000, 1000, 500),
         mask_sparsity=(1e-6, 1e-5), mask_tokens=1_000_000,
         adversary_count=4000, adversary_tokens=4096,
     ),
@@ -143,16 +142,13 @@ def scores_of(layer: dict[str, Any]) -> dict[str, float | None]:
     for method, mask in masks.items():
         out[f"pairs of seed's {method}"] = float(mask["pairs"])
         out[f"KL of seed's {method}"] = kl_of(mask)
-    tuned = [row for row in layer["rows"] if row["method"] == "prune and tune"]
-    maps = [row for row in tuned if row["dictionary"] == "default"]
-    for name, more in (("default", ""), (FEW, f", {FEW}")):
-        curve = [(float(row["pairs"]), kl_of(row)) for row in tuned if row["dictionary"] == name]
-        for method, mask in masks.items():
-            out[f"pairs ÷ those of {method}, at its KL{more}"] = _ratio(least(curve, kl_of(mask)), mask["pairs"])
-        for count in {row["asked"]: None for row in maps[::2]}:
-            cut = [kl_of(other) for method in masks if (other := rows.get(("seed", method, count)))]
-            if row := rows.get((name, "prune and tune", count)):
-                out[f"KL ÷ the best mask's cut to {count:,} pairs{more}"] = kl_of(row) / min(cut)
+    maps = [row for row in layer["rows"] if row["dictionary"] == "default" and row["method"] == "prune and tune"]
+    curve = [(float(row["pairs"]), kl_of(row)) for row in maps]
+    for method, mask in masks.items():
+        out[f"pairs ÷ those of {method}, at its KL"] = _ratio(least(curve, kl_of(mask)), mask["pairs"])
+    for row in maps[::2]:
+        cut = [kl_of(other) for method in masks if (other := rows.get(("seed", method, row["asked"])))]
+        out[f"KL ÷ the best mask's cut to {row['asked']:,} pairs"] = kl_of(row) / min(cut)
     largest = max(maps, key=lambda row: row["pairs"])
     out["KL of the largest map"] = kl_of(largest)
     out["ΔCE of the largest map"] = largest["ce_increase"]["mean"]
@@ -238,7 +234,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         spread = score["spread"]
         cells = [(_cell(v), spread[key]) for key, v in score["by_layer"].items()]
         values = "  ".join(cell if s is None else f"{cell} ±{_cell(s)}" for cell, s in cells)
-        yield f"{score['score']:<58} {_cell(score['median']):>8}   ({values})"
+        yield f"{score['score']:<40} {_cell(score['median']):>8}   ({values})"
 
 
 def row_line(row: dict[str, Any]) -> str:
