@@ -1,12 +1,14 @@
 """Step 2 at width: seconds and memory of ranking, of a step of refit and of tune, and of judging a pruned map.
 
     python benchmarks/wide_pairs.py --widths 2400 8192 24576
+    python benchmarks/wide_pairs.py --widths 2400 8192 24576 --rotary
 
-GPT-2 small's attention (12 heads x 64, context 256) with random weights, on random text; dictionaries as step 1 leaves
-them in shape: BatchTopK with k active features a token, every width the same. Each figure is of a process of its own:
-seconds of the processor on one thread, without the model's own pass, and the most memory that the process ever held
-(MB are 2^20 bytes), PyTorch, the model and the dictionaries included. `model` is a process that makes these and stops.
-Then how time grows with tokens and with k, at `--grown` features a side, each row in one process.
+GPT-2 small's attention (12 heads x 64, context 256), or a Llama's of that shape, with random weights, on random text;
+dictionaries as step 1 leaves them in shape: BatchTopK with k active features a token, every width the same. Each figure
+is of a process of its own: seconds of the processor on one thread, without the model's own pass, and the most memory
+that the process ever held (MB are 2^20 bytes), PyTorch, the model and the dictionaries included. `model` is a process
+that makes these and stops. Then how time grows with tokens and with k, at `--grown` features a side, each row in one
+process.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ WAYS = ("model", "rank", "refit", "evaluate", "tune")
 class Case:
     """A layer, what it saw, and its dictionaries; ranked pairs go to `path`, where other processes have them from."""
 
-    def __init__(self, width: int, k: float, tokens: int, path: Path) -> None:
+    def __init__(self, width: int, k: float, tokens: int, path: Path, rotary: bool) -> None:
         self.width, self.path = width, path
-        self.world = World(Size(width=width, k=k, vocabulary=8192), CPU)
+        self.world = World(Size(width=width, k=k, vocabulary=8192, rotary=rotary), CPU)
         self.sample = [self.world.read(self.world.text(BATCH)) for _ in range(tokens // BATCH)]
         known = side_statistics(self.sample[:1])
         self.query, self.key = (dictionary(known[side], width, k, seed) for seed, side in enumerate(("query", "key")))
@@ -76,7 +78,7 @@ class Case:
     def step(self, way: str) -> Callable[[], object]:
         """A step of refit or of tune, or the KL of the pruned map, on all tokens as one batch."""
         world, query, key = self.world, self.query, self.key
-        shape, layer = SiteShape(**world.site.shape, rotary=False, reads=None), world.site.layer
+        shape, layer = SiteShape(**world.site.shape, rotary=world.site.layout is not None, reads=None), world.site.layer
         pairs = Pairs(**load_file(self.path), n_query=self.width, n_key=self.width, n_heads=shape.N)
         batch = world.text(self.step_tokens)
         inputs = world.read(batch)
@@ -115,9 +117,10 @@ def dictionary(known: SideStatistics, width: int, k: float, seed: int) -> Sparse
     return side
 
 
-def in_process(ways: str, width: int, k: float, tokens: int, repeats: int, path: Path) -> dict[str, float]:
+def in_process(ways: str, width: int, k: float, tokens: int, path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of these ways and the most megabytes held, from a new process."""
-    one = ["--one", ways, str(width), str(k), str(tokens), str(path), "--repeats", str(repeats)]
+    one = ["--one", ways, str(width), str(k), str(tokens), str(path), "--repeats", str(args.repeats)]
+    one += ["--rotary"] if args.rotary else []
     done = subprocess.run([sys.executable, __file__, *one], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -127,30 +130,34 @@ def main() -> None:
     parser.add_argument("--widths", nargs="*", type=int, default=[2400, 8192, 24_576])
     parser.add_argument("--grown", type=int, default=2400, help="width at which tokens and k grow; 0: not measured")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rotary", action="store_true", help="with a rotary embedding")
     parser.add_argument("--one", nargs=5, metavar=("WAYS", "WIDTH", "K", "TOKENS", "PAIRS"), help="as JSON, in here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
         ways, width, k, tokens, path = args.one
-        case = Case(int(width), float(k), int(tokens), Path(path))
+        case = Case(int(width), float(k), int(tokens), Path(path), args.rotary)
         found = {way: case.seconds(way, args.repeats) for way in ways.split(",") if way != "model"}
         print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
-    print(f"12 heads x 64, context 256, {PAIRS:,} pairs, one thread of {platform.machine()}; torch {torch.__version__}")
+    print(
+        f"12 heads x 64{', rotary' if args.rotary else ''}, context 256, {PAIRS:,} pairs, one thread of "
+        f"{platform.machine()}; torch {torch.__version__}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.safetensors"
         print(f"\n2,048 tokens, k 16{'model':>16}" + "".join(f"{way:>20}" for way in WAYS[1:]))
         for width in args.widths:
             print(f"width {width:<14,}", end="")
             for way in WAYS:
-                found = in_process(way, width, 16, BATCH, args.repeats, path)
+                found = in_process(way, width, 16, BATCH, path, args)
                 seconds = f"{found[way]:>8.2f} s" if way in found else ""
                 print(f"{seconds}{found['megabytes']:>{7 if seconds else 11},.0f} MB", end="", flush=True)
             print()
         if args.grown:
             print(f"\nwidth {args.grown:<14,}" + "".join(f"{way:>14}" for way in WAYS[1:]))
             for k, tokens in ((16, 2048), (16, 4096), (16, 8192), (8, 2048), (32, 2048)):
-                found = in_process(",".join(WAYS[1:]), args.grown, k, tokens, args.repeats, path)
+                found = in_process(",".join(WAYS[1:]), args.grown, k, tokens, path, args)
                 cells = "".join(f"{found[way]:>12.2f} s" for way in WAYS[1:])
                 print(f"{tokens:,} tokens, k {k:<5}{cells}", flush=True)
 

@@ -114,6 +114,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str, kept:
     whole = dense_importance(sample, sides)
     monkeypatch.setattr(room, "MEETING_ELEMENTS", 40)  # a few key events at a time
     monkeypatch.setattr(room, "CPU_BLOCK", 13)  # two key features at a time
+    monkeypatch.setattr(room, "QUERIES", 2)  # two positions at a time, and the keys that one of them sees
     monkeypatch.setattr(room, "KEPT_ELEMENTS", kept)  # 0: patterns are made anew for each block
     close(dense_importance(sample, sides), whole, 1e-5)
 

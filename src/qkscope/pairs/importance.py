@@ -40,6 +40,7 @@ GPU_BLOCK = 1 << 26
 SLACK = 1e-3  # by which a bound may be wrong for rounding
 ROUGH = 4  # rows of scores of which one is taken, where a rough answer will do
 MEETING_ELEMENTS = 1 << 20  # meetings of active features made at once with a rotary embedding: 4 MB, near the cache
+QUERIES = 32  # positions whose queries meet the same keys, all that one of them sees
 
 
 @dataclass
@@ -319,7 +320,8 @@ class _Rotary:
     """One head on one batch: Σ_i a_q² Var_j(M(i-j) a_k), with M(i-j) = ⟨R_i W_q, R_j W_k⟩ kept inside the variance.
 
     δ is made for each active query feature e and active key feature f of a sequence, [m, L] at once, weighted with what
-    the query of e sees of the key of f, and added up over the keys of each key feature.
+    the query of e sees of the key of f, and added up over the keys of each key feature. Queries go by in blocks of
+    neighbours, so that keys that none of a block sees are left out.
     """
 
     def __init__(self, item: Seen, head: int, queries: Tensor, left: Tensor) -> None:
@@ -335,28 +337,41 @@ class _Rotary:
         token, act = by_query.events.token_L[index], by_query.act_L[index]
         sequence, place = token // self.keys.length, token % self.keys.length
         turned = turned_rows(left[:, self.order], row, act, self.phase_BTh[sequence, place])
-        each = [(sequence == b).nonzero()[:, 0] for b in range(self.keys.batch)]
-        self.queries = [(place[here], row[here], turned[here]) for here in each]
+        visible_BQK = item.inputs.rule.visible_BQK
+        self.sequences = []
+        for b in range(self.keys.batch):
+            here = (sequence == b).nonzero()[:, 0]
+            fired, inner = row[here].unique_consecutive(return_inverse=True)
+            blocks = []
+            for start in range(0, self.keys.length, QUERIES):
+                near = (place[here] // QUERIES == start // QUERIES).nonzero()[:, 0]
+                visible_K = visible_BQK[b % len(visible_BQK), start : start + QUERIES].any(0)
+                blocks.append((visible_K, place[here[near]], inner[near], turned[here[near]]))
+            self.sequences.append((fired, blocks))
 
     def add(self, total: Tensor, keys: Tensor, right: Tensor) -> None:
         index, column = _events_of(self.keys, keys)
         token, act = self.keys.events.token_L[index], self.keys.act_L[index]
         sequence, place = token // self.keys.length, token % self.keys.length
         turned = turned_rows(right[:, self.order], column, act, self.phase_BTh[sequence, place])
-        for b, (query_L, row_L, u_LH) in enumerate(self.queries):
+        for b, (fired, blocks) in enumerate(self.sequences):
             here = (sequence == b).nonzero()[:, 0]
-            if len(here) and len(query_L):
-                variance, seen = self._variance(b, query_L, u_LH, place[here], column[here], turned[here])
-                rows, inner = row_L.unique_consecutive(return_inverse=True)
-                sums = variance.new_zeros(len(rows), len(seen)).index_add_(0, inner, variance.T)
-                total[rows[:, None], seen] += sums
+            seen, inner = column[here].unique_consecutive(return_inverse=True)
+            sums = total.new_zeros(len(seen), len(fired))
+            for visible_K, query_L, row_L, u_LH in blocks:
+                near = visible_K[place[here]].nonzero()[:, 0]
+                if len(near) and len(query_L):
+                    keys_M = place[here[near]], inner[near], turned[here[near]]
+                    sums.index_add_(1, row_L, self._variance(b, query_L, u_LH, *keys_M, len(seen)))
+            # By whole rows: adding them up entry by entry takes six times as long.
+            whole = total.new_zeros(len(fired), len(keys))
+            total.index_add_(0, fired, whole.scatter_(1, seen.expand(len(fired), -1), sums.T.contiguous()))
 
     def _variance(
-        self, b: int, query_L: Tensor, u_LH: Tensor, key_M: Tensor, column_M: Tensor, v_MH: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Variance of δ of each active query feature and each key feature of a sequence, and the latters' columns."""
-        seen, place_M = column_M.unique_consecutive(return_inverse=True)
-        mean = u_LH.new_zeros(len(seen), len(query_L))
+        self, b: int, query_L: Tensor, u_LH: Tensor, key_M: Tensor, place_M: Tensor, v_MH: Tensor, n_seen: int
+    ) -> Tensor:
+        """Variance of δ of each active query feature and each key feature of a sequence."""
+        mean = u_LH.new_zeros(n_seen, len(query_L))
         square = torch.zeros_like(mean)
         for part in torch.arange(len(key_M), device=key_M.device).split(max(MEETING_ELEMENTS // len(query_L), 1)):
             delta = v_MH[part] @ u_LH.T
@@ -365,4 +380,4 @@ class _Rotary:
             if self.second_BKQ is not None:
                 weight = self.second_BKQ[b].index_select(0, key_M[part]).index_select(1, query_L)
             square.index_add_(0, place_M[part], weight.mul_(delta).mul_(delta))
-        return square.sub_(mean.square_()), seen
+        return square.sub_(mean.square_())

@@ -1,4 +1,4 @@
-"""What is measured on: a GPT-2 of random weights, random text, and dictionaries as they are once they are sparse.
+"""What is measured on: a model of random weights, random text, and dictionaries as they are once they are sparse.
 
 Shapes, not meanings: figures are of time and memory. Weights of queries and keys are scaled up, so that patterns are as
 far from uniform as a trained model's; tokens follow Zipf's law, as those of text do.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ...attention import AttentionInputs, AttentionSite, harvest, open_sites
@@ -53,6 +53,8 @@ class Size:
     """Those that are learned together; the middle one is what is done to one layer."""
     all_layers: bool = False
     """Whether all layers of the model are learned together too."""
+    rotary: bool = False
+    """A Llama of that shape in GPT-2's place."""
     vocabulary: int = 50_257
     repeats: int = 3
     mask_steps: int = 160
@@ -98,17 +100,8 @@ class World:
         transformers_logging.set_verbosity_error()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model: Any = GPT2LMHeadModel(
-                GPT2Config(
-                    n_layer=size.model_layers, n_head=size.heads, n_embd=64 * size.heads, n_positions=size.context,
-                    vocab_size=size.vocabulary, bos_token_id=0, eos_token_id=0,
-                )
-            )  # fmt: skip
+            model = (llama if size.rotary else gpt2)(size).to(device).eval().requires_grad_(False)
         transformers_logging.set_verbosity(verbosity)
-        for block in model.transformer.h:
-            with torch.no_grad():
-                block.attn.c_attn.weight[:, : 2 * 64 * size.heads] *= SCALE
-        model = model.to(device).eval().requires_grad_(False)
         layers = range(size.model_layers) if size.all_layers else size.layers
         self.sites = self.plain = {site.layer: site for site in open_sites(model, None, layers)}
         if dtype == "bfloat16":
@@ -136,7 +129,7 @@ class World:
 
     def workbench(self, tokens: int) -> Workbench:
         """This layer with its sample, for maps and their pruning."""
-        shape = SiteShape(**self.site.shape, rotary=False, reads=None)
+        shape = SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None)
         sample = [self.read(self.text(self.size.batch_tokens)) for _ in range(max(tokens // self.size.batch_tokens, 1))]
         return Workbench(
             self.site.layer, shape, sample, lambda: RandomText(self, [self.site], tokens), TrainingConfig()
@@ -147,6 +140,35 @@ class World:
         batch = self.text(self.size.batch_tokens)
         seen = harvest([self.sites[layer] for layer in layers], batch.tokens_BT, batch.real_BT)
         return [side_statistics([inputs]) for inputs in seen]
+
+
+@torch.no_grad()
+def gpt2(size: Size) -> Any:
+    """Random weights of this shape."""
+    model: Any = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=size.model_layers, n_head=size.heads, n_embd=64 * size.heads, n_positions=size.context,
+            vocab_size=size.vocabulary, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    for block in model.transformer.h:
+        block.attn.c_attn.weight[:, : 2 * 64 * size.heads] *= SCALE
+    return model
+
+
+@torch.no_grad()
+def llama(size: Size) -> Any:
+    """The same with a rotary embedding."""
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=size.model_layers, num_attention_heads=size.heads, hidden_size=64 * size.heads,
+            intermediate_size=4 * 64 * size.heads, max_position_embeddings=size.context, vocab_size=size.vocabulary,
+        )
+    )  # fmt: skip
+    for block in model.model.layers:
+        for projection in (block.self_attn.q_proj, block.self_attn.k_proj):
+            projection.weight *= SCALE
+    return model
 
 
 class RandomText:
