@@ -49,7 +49,7 @@ def main() -> None:
                 "evaluation": {"tokens": 16_384, "adversary_steps": 0, "examples": 0},
             })  # fmt: skip
             run = qk.run(config, args.folder / f"{Path(model).name}_{args.loss}_{bound:g}_{args.share:g}_{args.seed}")
-            for layer in config.layers:
+            for layer in config.numbers:
                 rows.append(row_of(run, layer, {"model": Path(model).name, "layer": layer, args.loss: bound}))
                 print(line_of(rows[-1], args.loss), flush=True)
             rows.append(together_of(run, {"model": Path(model).name, args.loss: bound}))

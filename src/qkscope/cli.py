@@ -366,6 +366,8 @@ def _condensed(box: str) -> str:
         body = [line for line in body[2:] if line.strip("-")]
     ends = [i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))]
     text = " ".join(body[: ends[0] if ends else None]).removeprefix("Error parsing ")
+    # Of an option of several types, what each of them has to say is no help.
+    text = re.sub(r"no type matching (.*?) could be instantiated from \[(.*?)\]\..*", r"\2 is not \1", text)
     found = re.match(r"(\w+): \d+ validation errors? for \w+ (?:([\w.]+) (?=Input|List|Value))?(.*?) \[type=(.*)", text)
     if not found:
         return text

@@ -213,8 +213,8 @@ class RunConfig(Config):
     model: str | None = None
     """A Hugging Face model: its folder or its name; or the embedded stories-gpt2 (the default) or
     stories-llama."""
-    layers: tuple[int, ...] = ()
-    """Layers to decompose, in one pass over the text. Empty with an embedded model: all of them."""
+    layers: tuple[int, ...] | Literal["all"] = ()
+    """Layers to decompose, in one pass over the text; or `all` of the model's, as empty means with an embedded one."""
     data: DataConfig = DataConfig()
     dictionary: DictionaryConfig = DictionaryConfig()
     sweep: SweepConfig = SweepConfig()
@@ -222,6 +222,12 @@ class RunConfig(Config):
     pairs: PairsConfig = PairsConfig()
     target: TargetConfig = TargetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def numbers(self) -> list[int]:
+        """The layers in order, each once; not of a configuration that still says `all`."""
+        assert self.layers != "all", "a run says which layers these are (pipeline.py)"
+        return sorted(set(self.layers))
 
     @model_validator(mode="after")
     def _given_or_trained(self) -> RunConfig:
@@ -275,7 +281,7 @@ def build(values: dict[str, Any], where: str = "the configuration") -> RunConfig
 def one_line(error: ValidationError) -> str:
     """The first complaint of a pydantic error, with the dotted key and the value."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # which of several types it should be
     if first["type"] == "extra_forbidden":
         known = known_keys()
         last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}

@@ -1,7 +1,9 @@
-"""Load a Hugging Face model and its tokenizer, or say in one line why not; find the blocks up to one of its modules."""
+"""Load a Hugging Face model and its tokenizer, or say in one line why not; its layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +35,12 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0][:80]})") from None
-    looks_local = name in EMBEDDED_MODELS or name.startswith((".", "/", "~")) or Path(name).exists()
-    path = EMBEDDED_MODELS.get(name) or Path(name).expanduser()
-    if looks_local and not path.is_dir():
-        raise UserError(f"--model {name}: no such folder; name a folder with config.json, or a Hugging Face model")
-    source = str(path) if looks_local else name
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
+    with _reading(name) as source:
         config = AutoConfig.from_pretrained(source)
         kind: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
         # Tensors of another shape are let through and named below: transformers' own message names none.
         model, info = kind.from_pretrained(source, dtype=number, output_loading_info=True, ignore_mismatched_sizes=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--model {name}: {_reason(error, path if looks_local else None)}") from None
     for key, found, wanted in sorted(info["mismatched_keys"]):
         raise UserError(
             f"--model {name}: {key!r} has shape {list(found)} and config.json says {list(wanted)}; they must match"
@@ -60,6 +53,27 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
             f"--model {name}: the weights lack {missing[0]!r} ({len(missing)} tensors); get the whole model"
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def number_of_layers(name: str) -> int:
+    """How many layers a model says it has, by its configuration alone."""
+    with _reading(name) as source:
+        return AutoConfig.from_pretrained(source).get_text_config().num_hidden_layers
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[str]:
+    """Where transformers finds a model; what goes wrong there is a `UserError`."""
+    looks_local = name in EMBEDDED_MODELS or name.startswith((".", "/", "~")) or Path(name).exists()
+    path = EMBEDDED_MODELS.get(name) or Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise UserError(f"--model {name}: no such folder; name a folder with config.json, or a Hugging Face model")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield str(path) if looks_local else name
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"--model {name}: {_reason(error, path if looks_local else None)}") from None
 
 
 def blocks_through(model: nn.Module, part: nn.Module) -> list[nn.Module]:

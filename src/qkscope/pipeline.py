@@ -23,7 +23,7 @@ from .errors import UserError, nearest
 from .evaluate.run import evaluate_run
 from .files import remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
-from .models import load_model
+from .models import load_model, number_of_layers
 from .progress import Reporter
 from .run_folder import claimed, layer_folder, plain, recorded, require_same, variants, write_config
 from .runner import Runner
@@ -67,14 +67,14 @@ def follow() -> RunConfig | None:
     config = build(told["config"])
     device = _device(parallel.device_name(told["device"]))
     model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
-    sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=_given(config))
+    sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
     Runner(config, variants(config), Path(), sites, _features(config, sites), Reporter(quiet=True)).follow()
     return config
 
 
 def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
     with claimed(out), Reporter(quiet) as reporter:
-        config = with_method(with_defaults(config))
+        config = with_layers(with_method(with_defaults(config)))
         names = variants(config)
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
@@ -93,7 +93,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         reporter.message(f"loading {config.model}{together}")
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
         check_text(config.data, tokenizer)
-        sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=_given(config))
+        sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
         _require_context(config, model)
         require_target(config, names.values(), sites)
         features = {} if trained else _features(config, sites)
@@ -124,9 +124,16 @@ def _features(config: RunConfig, sites: Sequence[AttentionSite]) -> dict[int, Si
 
 def _has_all(run: Run, names: tuple[str, ...]) -> bool:
     """Whether every layer of a run that no checkpoint is left of has these files."""
-    layers = [layer_folder(folder, layer) for folder in run.folders.values() for layer in run.config.layers]
+    layers = [layer_folder(folder, layer) for folder in run.folders.values() for layer in run.config.numbers]
     left = run.folder / "checkpoint.safetensors"
     return not left.exists() and all((layer / name).exists() for layer in layers for name in names)
+
+
+def with_layers(config: RunConfig) -> RunConfig:
+    """With the numbers of all layers, where all are asked for; the model is not loaded for it."""
+    if config.layers != "all" or config.model is None:
+        return config
+    return config.model_copy(update={"layers": tuple(range(number_of_layers(config.model)))})
 
 
 def _require_values(config: RunConfig) -> None:
@@ -136,7 +143,7 @@ def _require_values(config: RunConfig) -> None:
     if hint and not Path(name).exists():
         raise UserError(f"--model {name}: no such folder and no such embedded model{hint}")
     if not config.layers:
-        raise UserError("--layers is missing; name the layers to decompose, e.g. --layers 2 6 10")
+        raise UserError("--layers is missing; name the layers to decompose, e.g. --layers 2 6 10, or all")
     if config.data.source is None:
         raise UserError(
             "--data.source is missing; name a .txt, .jsonl or .parquet file, a Hugging Face dataset, or embedded"

@@ -210,6 +210,13 @@ def test_layers_together_are_as_layers_apart(run: Callable[..., Path]) -> None:
     assert found[0] == pytest.approx(found[1], rel=0.01)
 
 
+def test_all_layers_are_those_that_the_model_has(run: Callable[..., Path]) -> None:
+    named = run(name="run")
+    for layer in ("layer_0", "layer_1"):
+        require_equal(run({"layers": "all"}, name="all") / layer, named / layer)  # the second time it is there
+    assert yaml.safe_load((run({}, name="all") / "config.yaml").read_text())["run"]["layers"] == [0, 1]
+
+
 def test_another_seed_gives_another_artefact(run: Callable[..., Path]) -> None:
     one, other = run({"layers": 0}, name="a"), run({"layers": 0, "training.seed": 1}, name="b")
     with pytest.raises(AssertionError, match="dictionaries"):

@@ -57,6 +57,7 @@ def test_without_a_model_the_embedded_one_is_used() -> None:
     assert (config.model, config.data.source, config.layers) == ("stories-gpt2", "embedded", (0, 1, 2, 3))
     chosen = with_defaults(RunConfig(layers=(2,), data=DataConfig(source="own.txt")))
     assert (chosen.data.source, chosen.layers) == ("own.txt", (2,))
+    assert with_defaults(RunConfig(layers="all")).layers == (0, 1, 2, 3)
     other = RunConfig(model="gpt2")
     assert with_defaults(other) == other
 

@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from qkscope.attention import AttentionSite
 from qkscope.errors import UserError
-from qkscope.models import load_model
+from qkscope.models import load_model, number_of_layers
 
 MODEL = "models/babyllama-105"
 
@@ -48,6 +48,13 @@ def test_loads_a_model_frozen_and_in_evaluation_mode(folder: Path) -> None:
 
 def test_loads_in_another_precision(folder: Path) -> None:
     assert next(load_model(str(folder), dtype="bfloat16")[0].parameters()).dtype == torch.bfloat16
+
+
+def test_a_model_says_how_many_layers_it_has(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()  # by its configuration alone
+    assert number_of_layers(str(folder)) == number_of_layers("stories-llama") + 1 == 5
+    with pytest.raises(UserError, match="no such folder"):
+        number_of_layers(str(tmp_path / "none"))
 
 
 def test_site_loads_by_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ def compare_runs(one: Path, other: Path, path: Path | None = None, device: str =
     configs = [_config(folder) for folder in (one, other)]
     if configs[0].model != configs[1].model:
         raise UserError(f"{other}: is of {configs[1].model} and {one} of {configs[0].model}; name runs of one model")
-    layers = sorted(set(configs[0].layers) & set(configs[1].layers))
+    layers = sorted(set(configs[0].numbers) & set(configs[1].numbers))
     if not layers:
         raise UserError(f"{other}: has no layer in common with {one}; name runs of the same layers")
     if path is not None and (wrong := unwritable(path)):

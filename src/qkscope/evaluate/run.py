@@ -56,7 +56,7 @@ def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -
         remove_leftovers(folder)
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
         given = config.dictionary.features is not None
-        sites = open_sites(model, tokenizer, sorted(set(config.layers)), residual=given)
+        sites = open_sites(model, tokenizer, config.numbers, residual=given)
         folders = {name: folder / name for name in variants(config)}
         evaluate_run(folders, sites, reporter, again=True)
 

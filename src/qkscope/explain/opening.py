@@ -26,7 +26,7 @@ def layer_folders(folder: Path, layer: int | None = None) -> list[Path]:
     require_finished(folder)
     if members := [name for name in variants(config) if name]:
         raise UserError(f"{folder}: is a sweep; name one of its members: {', '.join(str(folder / m) for m in members)}")
-    layers = sorted(set(config.layers))
+    layers = config.numbers
     if layer is not None and layer not in layers:
         raise UserError(f"--layer {layer}: the run has layers {', '.join(map(str, layers))}")
     return [layer_folder(folder, n) for n in ([layer] if layer is not None else layers)]
