@@ -124,12 +124,44 @@ class AttentionSite:
     def lower_layers_once(self) -> Iterator[None]:
         """While open, the blocks below this layer's run in the first pass only; later passes get what they put out.
 
-        For passes on the same tokens, none of which changes anything below this layer.
+        For passes on the same tokens, none of which changes anything below this layer or writes into what comes out of
+        it; the first without gradients. A model that goes through its blocks several times a pass runs them each time.
         """
-        with ExitStack() as stack:
-            for block in blocks_through(self.model, self.module)[:-1]:
-                stack.enter_context(_once(block))
+        below = blocks_through(self.model, self.module)[:-1]
+        if not below:
             yield
+            return
+        passes, put_out = 0, []
+
+        def begin(*_: Any) -> None:
+            nonlocal passes
+            passes += 1
+
+        def once(block: nn.Module) -> Callable:
+            forward = block.forward
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if passes > 1 and len(put_out) == 1:
+                    return put_out[0]  # for whichever block: what is above reads the last one alone
+                out = forward(*args, **kwargs)
+                if passes == 1 and block is below[-1]:
+                    put_out.append(out)
+                return out
+
+            return run
+
+        own = [vars(block).get("forward") for block in below]  # where a library put one, as for many devices
+        hook = self.model.register_forward_pre_hook(begin)
+        for block in below:
+            block.forward = once(block)
+        try:
+            yield
+        finally:
+            hook.remove()
+            for block, forward in zip(below, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     @contextmanager
     def _handle(
@@ -331,25 +363,6 @@ def harvest(
         with suppress(Stop):
             sites[0]._forward(tokens_BT, real_BT)
     return [found[site.layer] for site in sites]
-
-
-@contextmanager
-def _once(block: nn.Module) -> Iterator[None]:
-    forward, had = block.forward, vars(block).get("forward")
-    found: list[Any] = []
-
-    def replay(*args: Any, **kwargs: Any) -> Any:
-        if not found:
-            found.append(forward(*args, **kwargs))
-        return found[0]
-
-    block.forward = replay
-    try:
-        yield
-    finally:
-        del block.forward
-        if had is not None:  # libraries that spread a model over devices put their own there
-            block.forward = had
 
 
 def open_sites(

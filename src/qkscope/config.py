@@ -280,8 +280,8 @@ def build(values: dict[str, Any], where: str = "the configuration") -> RunConfig
 
 def one_line(error: ValidationError) -> str:
     """The first complaint of a pydantic error, with the dotted key and the value."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # which of several types it should be
+    errors = [(_key(e["loc"]), e) for e in error.errors()]
+    key, first = errors[0]
     if first["type"] == "extra_forbidden":
         known = known_keys()
         last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
@@ -291,7 +291,15 @@ def one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+    messages = dict.fromkeys(
+        e["msg"] for other, e in errors if other == key
+    )  # several, where it may be of several types
+    return f"{key} is {first['input']!r}: {', or '.join(m[0].lower() + m[1:] for m in messages)}"
+
+
+def _key(place: tuple[int | str, ...]) -> str:
+    """Dotted, without the type that a value was tried as."""
+    return ".".join(str(part) for part in place if not str(part).startswith(("tuple[", "literal[")))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -56,9 +56,12 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> tup
 
 
 def number_of_layers(name: str) -> int:
-    """How many layers a model says it has, by its configuration alone."""
+    """How many layers a model's configuration says it has (of a hybrid, those without attention among them)."""
     with _reading(name) as source:
-        return AutoConfig.from_pretrained(source).get_text_config().num_hidden_layers
+        count = getattr(AutoConfig.from_pretrained(source).get_text_config(), "num_hidden_layers", None)
+    if count is None:
+        raise UserError(f"--layers all: {name} does not say how many layers it has; name them")
+    return count
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def _reading(name: str) -> Iterator[str]:
     transformers_logging.disable_progress_bar()
     try:
         yield str(path) if looks_local else name
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--model {name}: {_reason(error, path if looks_local else None)}") from None
 
 

@@ -74,7 +74,9 @@ def follow() -> RunConfig | None:
 
 def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
     with claimed(out), Reporter(quiet) as reporter:
-        config = with_layers(with_method(with_defaults(config)))
+        config = with_method(with_defaults(config))
+        _require_values(config)
+        config = with_layers(config)
         names = variants(config)
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
@@ -83,7 +85,6 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         if there and _has_all(finished, (*TRAINED, "report.json")) and (out / "report.html").exists():
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
             return finished
-        _require_values(config)
         device = "cuda" if config.training.device == "auto" and torch.cuda.is_available() else config.training.device
         device = _device(parallel.device_name("cpu" if device == "auto" else device))
         trained = _has_all(finished, TRAINED)  # a lost report is no lost training
@@ -131,9 +132,9 @@ def _has_all(run: Run, names: tuple[str, ...]) -> bool:
 
 def with_layers(config: RunConfig) -> RunConfig:
     """With the numbers of all layers, where all are asked for; the model is not loaded for it."""
-    if config.layers != "all" or config.model is None:
+    if config.layers != "all":
         return config
-    return config.model_copy(update={"layers": tuple(range(number_of_layers(config.model)))})
+    return config.model_copy(update={"layers": tuple(range(number_of_layers(str(config.model))))})
 
 
 def _require_values(config: RunConfig) -> None:

@@ -310,6 +310,19 @@ def test_layers_below_run_once_and_change_nothing(name: str) -> None:
     assert calls == [below, block] * 2
 
 
+def test_blocks_that_a_pass_goes_through_again_run_each_time() -> None:
+    model: Any = tiny_model("llama")
+    model.model.layers = nn.ModuleList([*model.model.layers, *model.model.layers])
+    model.config.num_hidden_layers = 4
+    model.config.layer_types = ["full_attention"] * 4
+    site: Any = AttentionSite.__new__(AttentionSite)  # no site would open on it
+    site.model, site.module = model, model.model.layers[1].self_attn
+    with torch.no_grad():
+        wanted = site._forward(*batch()).logits
+        with site.lower_layers_once():
+            assert all(torch.equal(site._forward(*batch()).logits, wanted) for _ in range(2))
+
+
 def test_running_once_leaves_a_forward_of_ones_own_in_its_place() -> None:
     model: Any = tiny_model("llama")
     site = AttentionSite(model, None, layer=1)

@@ -17,6 +17,7 @@ from qkscope.embedded.skills import SKILLS, skills
 from qkscope.embedded.tokenizer import make_tokenizer
 from qkscope.files import read_tensors
 from qkscope.models import load_model
+from qkscope.pipeline import with_layers
 
 MOST_BYTES = 8 << 20
 
@@ -54,10 +55,10 @@ def test_a_model_can_do_what_its_card_says(name: str) -> None:
 
 def test_without_a_model_the_embedded_one_is_used() -> None:
     config = with_defaults(RunConfig())
-    assert (config.model, config.data.source, config.layers) == ("stories-gpt2", "embedded", (0, 1, 2, 3))
+    assert (config.model, config.data.source, config.layers) == ("stories-gpt2", "embedded", "all")
+    assert with_layers(config).numbers == [0, 1, 2, 3]
     chosen = with_defaults(RunConfig(layers=(2,), data=DataConfig(source="own.txt")))
     assert (chosen.data.source, chosen.layers) == ("own.txt", (2,))
-    assert with_defaults(RunConfig(layers="all")).layers == (0, 1, 2, 3)
     other = RunConfig(model="gpt2")
     assert with_defaults(other) == other
 

@@ -22,5 +22,5 @@ def with_defaults(config: RunConfig) -> RunConfig:
     if model not in EMBEDDED_MODELS:
         return config
     data = config.data if config.data.source else config.data.model_copy(update={"source": EMBEDDED})
-    layers = tuple(range(LAYERS)) if config.layers in ((), "all") else config.layers
+    layers = config.layers or "all"
     return config.model_copy(update={"model": model, "data": data, "layers": layers})

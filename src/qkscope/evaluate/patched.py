@@ -89,11 +89,13 @@ def _one_minus(figure: dict[str, Any]) -> dict[str, Any]:
 
 
 class Predictions:
-    """The logits of one pass of the model as it now is, float32 [B, T, V], and what is asked of them."""
+    """The logits of one pass of the model as it now is, float32 [B, T, V], less each token's largest."""
 
     def __init__(self, site: AttentionSite, batch: Batch) -> None:
         self.batch = batch
-        self.logits_BTV: Tensor = site._forward(batch.tokens_BT, batch.real_BT).logits.float()
+        logits: Tensor = site._forward(batch.tokens_BT, batch.real_BT).logits.float()
+        # GPT-2's are about -100, where float32 has no more than five decimals.
+        self.logits_BTV = logits - logits.detach().amax(-1, keepdim=True)
         self.total_BT = self.logits_BTV.logsumexp(-1)
 
     @cached_property
@@ -107,9 +109,8 @@ class Predictions:
 
     def kl(self, other: Predictions) -> Tensor:
         """KL(these ‖ the other) of each token in nats, [B, T]."""
-        # No logarithm of the other's probabilities is written down, and logits' offsets go before they are summed.
         difference = self.logits_BTV - other.logits_BTV
-        return torch.linalg.vecdot(self.probabilities_BTV, difference) + other.total_BT - self.total_BT
+        return (self.probabilities_BTV * difference).sum(-1) + other.total_BT - self.total_BT
 
 
 def ready(log_pattern: Tensor) -> PatternSource:

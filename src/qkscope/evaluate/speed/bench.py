@@ -54,16 +54,22 @@ def run_speed(size: Size, device: torch.device, dtype: Dtype = "float32") -> Ite
     dtypes: list[Dtype] = [dtype] if dtype == PLAIN else [dtype, PLAIN]
     ceilings = {name: Ceiling.measured(device, name) for name in dtypes}
     world = World(size, device, dtype=dtype)
-    found: dict[str, Any] = {"machine": machine(device, dtype), "shape": vars(size), "parts": {}, "load": load()}
-    ways: dict[str, Way] = {}
+    found: dict[str, Any] = {
+        "machine": machine(device, dtype),
+        "shape": {**vars(size), "layer": size.layer},
+        "parts": {},
+        "load": load(),
+    }
+    counted: dict[str, tuple[int, Work]] = {}
     for group in (step1_ways, pair_ways):
-        here = group(world)
-        ways |= here
-        timings = in_turns({name: way.act for name, way in here.items()}, size.repeats, device)
+        ways = group(world)
+        counted |= {name: (way.tokens, way.work) for name, way in ways.items()}
+        timings = in_turns({name: way.act for name, way in ways.items()}, size.repeats, device)
+        ways.clear()  # dictionaries with their gradients and moments
         ceilings = {name: ceilings[name].over(Ceiling.measured(device, name)) for name in dtypes}
         found["parts"] |= {name: timing.figures(device) for name, timing in timings.items()}
         for name, part in found["parts"].items():  # by the highest ceiling that the machine has shown so far
-            part |= _rates(part["seconds"], ways[name], ceilings[PLAIN if name.startswith("published") else dtype])
+            part |= _rates(part["seconds"], *counted[name], ceilings[PLAIN if name.startswith("published") else dtype])
         found["ceiling"] = {
             "flops_per_s": {name: ceiling.flops for name, ceiling in ceilings.items()},
             "bytes_per_s": max(ceiling.bytes for ceiling in ceilings.values()),
@@ -92,12 +98,12 @@ def load() -> list[float]:
     return [round(os.getloadavg()[0], 2)] if hasattr(os, "getloadavg") else []
 
 
-def _rates(seconds: float, way: Way, ceiling: Ceiling) -> dict[str, float]:
-    flops, moved = way.work.flops / seconds, way.work.bytes / seconds
+def _rates(seconds: float, tokens: int, done: Work, ceiling: Ceiling) -> dict[str, float]:
+    flops, moved = done.flops / seconds, done.bytes / seconds
     return {
-        "tokens": way.tokens, "tokens_per_s": way.tokens / seconds,
-        "flops": way.work.flops, "flops_per_s": flops, "of_ceiling_flops": flops / ceiling.flops,
-        "bytes": way.work.bytes, "bytes_per_s": moved, "of_ceiling_bytes": moved / ceiling.bytes,
+        "tokens": tokens, "tokens_per_s": tokens / seconds,
+        "flops": done.flops, "flops_per_s": flops, "of_ceiling_flops": flops / ceiling.flops,
+        "bytes": done.bytes, "bytes_per_s": moved, "of_ceiling_bytes": moved / ceiling.bytes,
     }  # fmt: skip
 
 
@@ -105,8 +111,8 @@ def ratios(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """How many times as fast ours is on the same layers and as many tokens, turn by turn."""
     found = {}
     for ours, part in parts.items():
-        theirs = THEIR_MASK if ours == MASK else THEIRS if ours == SEED else ours.replace(DEFAULT, THEIRS)
-        if ours.startswith((SEED, DEFAULT, MASK)) and theirs in parts:
+        theirs = {SEED: THEIRS, MASK: THEIR_MASK}.get(ours, ours.replace(DEFAULT, THEIRS))
+        if theirs != ours and theirs in parts:
             turns = zip(parts[theirs]["seconds_all"], part["seconds_all"], strict=True)
             each = [a / b for a, b in turns]
             found[ours] = {"median": median(each), "range": [min(each), max(each)]}

@@ -48,7 +48,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"a GPT-2 of random weights, {shape['model_layers']} layers, {shape['heads']} heads x 64, context "
-        f"{shape['context']}; layer {shape['layers'][len(shape['layers']) // 2]}; {shape['width']:,} features a side, "
+        f"{shape['context']}; layer {shape['layer']}; {shape['width']:,} features a side, "
         f"{shape['k']:g} active; {shape['batch_tokens']:,} tokens a step; maps of {shape['pairs']:,} pairs, masks over "
         f"{shape['live'][0]} x {shape['live'][1]} features"
     )
