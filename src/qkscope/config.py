@@ -291,9 +291,7 @@ def one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    messages = dict.fromkeys(
-        e["msg"] for other, e in errors if other == key
-    )  # several, where it may be of several types
+    messages = dict.fromkeys(e["msg"] for other, e in errors if other == key)  # one for each type that it may be of
     return f"{key} is {first['input']!r}: {', or '.join(m[0].lower() + m[1:] for m in messages)}"
 
 
