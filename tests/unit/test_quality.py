@@ -151,6 +151,8 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "KL ÷ seed's, at seed's L0" in printed and "stories-gpt2 layer 1, seed 1" in printed
     page = path.with_suffix(".html").read_text(encoding="utf-8")
     assert "stories-gpt2 layer 1" in page and page.count("<figure>") == 6 and "seeds 0, 1; KL of" in page
+    by_l0 = ["without its pair penalty" in figure for figure in page.split("<figure>")[1:]]
+    assert by_l0 == [True] * 3 + [False] * 3  # no pairs are taken from it
     path.write_text(json.dumps({"benchmark": "planted"}))
     with pytest.raises(UserError, match="something other"):
         bench_quality("small", ["stories-gpt2"], [1], [0], path, 1)

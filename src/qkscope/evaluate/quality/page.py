@@ -11,11 +11,12 @@ from ...files import write_text
 from .. import charts
 from ..charts import Series, bounds, legend, number, text
 from ..page_parts import framed, table
-from .bench import whole_masks
+from .bench import PLAIN, whole_masks
 
 CURVES = {  # dictionaries: what is said, circle class
     "seed": ("published recipe, mended", "g"),
     "default": ("default", "a"),
+    PLAIN: ("default without its pair penalty", "b"),  # no pairs are taken from it
 }
 LOSSES = {
     "pattern_kl": ("Pattern KL", "nats a query row (log)"),
@@ -57,11 +58,13 @@ def _scores(found: dict[str, Any]) -> str:
 
 def _plots(layers: Sequence[dict[str, Any]]) -> list[str]:
     """By active features in the upper row, by pairs in the lower one."""
-    signs = legend([(kind, words) for words, kind in CURVES.values()])
     out = []
     for by, words in (("L0", "active features a side (log)"), ("pairs", "pairs kept (log)")):
         for loss, (title, unit) in LOSSES.items():
-            series = [Series(said, kind, curve_of(layers, name, by, loss)) for name, (said, kind) in CURVES.items()]
+            curves = {name: curve_of(layers, name, by, loss) for name in CURVES}
+            shown = {name: curve for name, curve in curves.items() if curve}
+            signs = legend([(CURVES[name][1], CURVES[name][0]) for name in shown])
+            series = [Series(*CURVES[name], curve) for name, curve in shown.items()]
             drawing = charts.plot(series, f"{title} by {by}", words, unit, x_log=True)
             out.append(framed(f"{title} by {by}", drawing, "", signs))
     return out
