@@ -66,12 +66,12 @@ def bench_quality(
         for number, result in enumerate(pool.map(_run_task, left, [SIZES[size]] * len(left)), start=1):
             done[_key(left[number - 1])] = result
             if path is not None:
-                write_json(path, {**found, "layers": list(done.values())})
+                write_json(path, {**found, "layers": list(done.values())}, indent=None)
             print(f"quality: {number} of {len(left)} layers done", file=sys.stderr)
     found["layers"] = list(done.values())  # with those that the file held and nobody asked for: nothing is lost
     found["scoreboard"] = scoreboard(found["layers"])
     if path is not None:
-        write_json(path, found)
+        write_json(path, found, indent=None)  # figures of many rows: half the size
         write_scoreboard(path.with_suffix(".html"), found)
     print("\n".join(lines(found)))
     return found
