@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkscope.config import RunConfig
-from qkscope.decomposition import Decomposition, SiteShape
+from qkscope.decomposition import Decomposition
 from qkscope.dictionary import SparseTranscoder
 from qkscope.evaluate.patterns import KLScore
 from qkscope.evaluate.speed.step import Steps
@@ -78,7 +78,7 @@ class Case:
     def step(self, way: str) -> Callable[[], object]:
         """A step of refit or of tune, or the KL of the pruned map, on all tokens as one batch."""
         world, query, key = self.world, self.query, self.key
-        shape, layer = SiteShape(**world.site.shape, rotary=world.site.layout is not None, reads=None), world.site.layer
+        shape, layer = world.shape, world.site.layer
         pairs = Pairs(**load_file(self.path), n_query=self.width, n_key=self.width, n_heads=shape.N)
         batch = world.text(self.step_tokens)
         inputs = world.read(batch)

@@ -218,11 +218,8 @@ def evaluation(s: Shape, vocabulary: int, variants: int, curve: int) -> Work:
     reads them; reconstructions with and without the map's rows; the pruned map, the parts of it on the curve, its
     pairs counted.
     """
-    work = (
-        harvest(s)
-        + model(s, s.layers + (s.layers - s.below) * variants)
-        + product(s.n, s.D, vocabulary) * (1 + variants)
-    )
+    work = harvest(s) + model(s, s.layers + (s.layers - s.below) * variants)
+    work += product(s.n, s.D, vocabulary) * (1 + variants)
     work += encode(s, batchtopk=True) * (3 + curve)
     work += (product(s.n, s.Fq, s.M) + product(s.n, s.Fk, s.M) + s.scores()) * 2
     return work + map_scores(s) * (2 + curve)

@@ -114,6 +114,11 @@ class World:
         """The layer that is measured alone."""
         return self.sites[self.size.layer]
 
+    @property
+    def shape(self) -> SiteShape:
+        """Of this layer."""
+        return SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None)
+
     def text(self, tokens: int) -> Batch:
         """Random sequences of the size's context, at least one."""
         n = self.size.whole(tokens) // self.size.context
@@ -129,10 +134,9 @@ class World:
 
     def workbench(self, tokens: int) -> Workbench:
         """This layer with its sample, for maps and their pruning."""
-        shape = SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None)
         sample = [self.read(self.text(self.size.batch_tokens)) for _ in range(max(tokens // self.size.batch_tokens, 1))]
         return Workbench(
-            self.site.layer, shape, sample, lambda: RandomText(self, [self.site], tokens), TrainingConfig()
+            self.site.layer, self.shape, sample, lambda: RandomText(self, [self.site], tokens), TrainingConfig()
         )
 
     def statistics(self, layers: Sequence[int]) -> list[dict[str, SideStatistics]]:
