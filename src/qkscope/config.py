@@ -122,6 +122,11 @@ class TrainingConfig(Config):
 
     tokens: int = Field(default=2_000_000, ge=1)
     """Training tokens (padding not counted); the text is repeated in a new order where it ends before that."""
+    reuse: int = Field(default=1, ge=1)
+    """Steps that learn from each batch that the model has run on, of step 1 and of step 2's trainings: the model reads
+    this share of the tokens. Where it is most of the cost, 2 or 4 make a run that much faster (docs/speed.md)."""
+    held_batches: int = Field(default=8, ge=1)
+    """reuse: batches that are held at once and learned from in turn, over and over."""
     batch_tokens: int = Field(default=2048, ge=2)
     """Tokens a step, as whole sequences of `data.context`."""
     warmup: float = Field(default=0.05, ge=0, lt=1)

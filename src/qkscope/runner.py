@@ -156,16 +156,18 @@ class Runner:
         tensors, fresh = saved or (checkpoint.tensors_of(jobs), Progress(phase, notes=notes))
         parallel.send({"at": asdict(fresh), "tokens": tokens, "steered": steered}, tensors)
         began = time.monotonic()
-        at = self._train(phase, jobs, tokens, saved, notes)
+        epochs = self._train(phase, jobs, tokens, saved, notes)
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - began, 1)
-        if at.text.get("epoch"):
-            self.reporter.message(f"{phase}: the training text was repeated {at.text['epoch']} times")
+        if epochs:
+            self.reporter.message(f"{phase}: the training text was repeated {epochs} times")
 
-    def _train(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, notes: dict[str, Any]) -> Progress:
-        return train(
+    def _train(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, notes: dict[str, Any]) -> int:
+        """How often the text was begun anew."""
+        stream = ModelStream(self.sites, self.text("train", repeat=True, order=phase))
+        train(
             phase,
             jobs,
-            ModelStream(self.sites, self.text("train", repeat=True, order=phase)),
+            stream,
             tokens,
             self.config.training,
             saved=saved,
@@ -173,6 +175,7 @@ class Runner:
             logs=Logs({j.name: self._folder(j) / "metrics.jsonl" for j in jobs}, self.reporter.step),
             notes=notes,
         )
+        return stream.state()["epoch"]
 
     def follow(self) -> None:
         """Take part in the trainings that the first process leads, from what it sends before each."""

@@ -119,6 +119,9 @@ def test_killed_again_and_again(killed: Callable[..., Path]) -> None:
         ({"dictionary.width": 150, "dictionary.k": 3}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
         ({"dictionary.activation": "topk"}, "gpt2", ("open", "layer_0/metrics.jsonl", STEPS + 3)),
         ({"training.dtype": "bfloat16"}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
+        # Batches that are held are harvested anew.
+        ({"training.reuse": 3, "training.held-batches": 2}, "gpt2", ("open", "layer_0/metrics.jsonl", 4)),
+        ({"training.reuse": 2}, "llama", ("open", "layer_1/metrics.jsonl", STEPS + 3)),
         # Under a bound, some layers stop at a stage and others go on.
         ({"pairs.max-kl": 0.75}, "gpt2", ("open", "layer_1/metrics.jsonl", STEPS + 2 * TUNE_STEPS + 3)),
         # Under a target, k is found by step 1 and each halving is judged.

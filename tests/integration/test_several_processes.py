@@ -110,6 +110,7 @@ def test_two_processes_find_what_one_does(by_two: Path, words: Words, tmp_path: 
         # by step, are in test_parallel.py.
         ({"dictionary.recipe": "seed", "dictionary.sparsity": 0.0}, "llama"),
         ({"target.max-kl": 1.2}, "gpt2"),  # k is steered
+        ({"training.reuse": 2, "training.held-batches": 2}, "gpt2"),
         ({"dictionary.width": 150, "dictionary.k": 3}, "gpt2"),  # so few are active that no zeros are written down
     ],
 )

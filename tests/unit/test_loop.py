@@ -26,7 +26,7 @@ from qkscope.training import checkpoint, loop
 from qkscope.training.job import Job
 from qkscope.training.loop import FLOOR, Logs, rate_at, train
 from qkscope.training.objective import PatternTarget
-from qkscope.training.stream import ModelStream, require_finite
+from qkscope.training.stream import Harvest, ModelStream, Reused, require_finite
 from qkscope.training.watch import Watch
 
 # Rates -----------------------------------------------------------------------------------------------
@@ -158,6 +158,88 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     ]
     assert [line["step"] for line in logs[1]] == sorted({line["step"] for line in logs[1]})  # no line twice
     assert logs[0][-1]["step"] == logs[1][-1]["step"]
+
+
+# Batches that are learned from more than once --------------------------------------------------------
+
+
+class Numbered:
+    """A stream of numbers that remembers how often it made each."""
+
+    def __init__(self) -> None:
+        self.at, self.made = 0, []
+
+    def __next__(self) -> Any:
+        self.made.append(self.at)
+        self.at += 1
+        return Harvest({}, None, 10 + self.at % 3)  # type: ignore[arg-type]
+
+    def state(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(times=st.integers(1, 4), held=st.integers(1, 5), tokens=st.integers(1, 120), stop=st.integers(0, 60))
+def test_held_batches_come_in_turn_and_are_made_once(times: int, held: int, tokens: int, stop: int) -> None:
+    """As often as asked, no more of them than hold the tokens, and the same from wherever it is gone on from."""
+    sizes = [10 + (i + 1) % 3 for i in range(20)]
+    needed = next(i for i in range(20) if sum(sizes[: i + 1]) >= tokens) + 1
+    blocks = [range(first, min(first + held, needed)) for first in range(0, needed, held)]
+    wanted = [sizes[i] for block in blocks for _ in range(times) for i in block]
+    text = Numbered()
+    stream = Reused(text, times, held, tokens)
+    stop, seen = min(stop, len(wanted)), []
+    for _ in range(stop):
+        seen.append(next(stream).n_tokens)
+    state, rest = json.loads(json.dumps(stream.state())), Numbered()
+    for _ in range(stop, len(wanted)):
+        seen.append(next(stream).n_tokens)
+    assert seen == wanted and text.made == list(range(needed))
+    again = Reused(rest, times, held, tokens)
+    again.restore(state)
+    assert [next(again).n_tokens for _ in range(stop, len(wanted))] == wanted[stop:]
+
+
+def test_a_run_learns_from_each_token_as_often_as_asked(tmp_path: Path) -> None:
+    class Counting(OneNumber):
+        def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            met.append(tuple(target.x_nD.sum(1).tolist()))
+            return super().loss(target, autocast)
+
+    orders = []
+    for reuse in (1, 3):
+        met: list[tuple[float, ...]] = []
+        at, _ = fit(tmp_path, [Counting()], tokens=300 * reuse, reuse=reuse, held_batches=4)
+        orders.append(met)
+        assert at.tokens == sum(map(len, met)) >= 300 * reuse > sum(map(len, met[:-1])) and at.step == len(met)
+    once, thrice = orders
+    turns = [one for n in range(0, len(once), 4) for one in once[n : n + 4] * 3]
+    assert len(once) > 4 and thrice == turns[: len(thrice)]
+
+
+@pytest.mark.parametrize("killed_at", [3, 6, 9, 11, 16])
+def test_a_run_killed_between_repeats_goes_on_with_the_same_batches(tmp_path: Path, killed_at: int) -> None:
+    class Weighing(OneNumber):
+        """Its gradient is the batch's, so that another order of batches gives another number."""
+
+        def loss(self, target: PatternTarget, autocast: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            self.calls += 1
+            if self.calls == self.broken_at:
+                raise KeyboardInterrupt
+            return (self.weight * target.x_nD.sum()).sum(), {}
+
+    again, repeats = {"tokens": 900, "reuse": 3, "held_batches": 2, "checkpoint_steps": 1}, Weighing()
+    fit(tmp_path, [whole := Weighing()], **again)
+    (tmp_path / "c.safetensors").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, [Weighing(broken_at=killed_at)], **again)
+    saved = checkpoint.load(tmp_path / "c.safetensors")
+    assert saved is not None and saved[1].step == killed_at - 1
+    fit(tmp_path, [repeats], saved=saved, **again)
+    assert torch.equal(repeats.weight, whole.weight)
 
 
 # What is not finite ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from . import checkpoint
 from .checkpoint import Progress
 from .job import Job
 from .objective import PatternTarget
-from .stream import Harvest, Stream, require_finite
+from .stream import Harvest, Reused, Stream, require_finite
 from .watch import Watch
 
 FLOOR = 0.01  # the learning rate ends at this share of its peak
@@ -79,6 +79,8 @@ def train(
     finite; the last checkpoint then stands.
     """
     at = Progress(phase, notes=notes or {})
+    if config.reuse > 1:
+        stream = Reused(stream, config.reuse, config.held_batches, tokens / config.reuse)
     device = next(jobs[0].parameters()).device
     if saved is not None:
         tensors, at = saved

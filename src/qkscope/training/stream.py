@@ -111,6 +111,49 @@ class ModelStream:
         self.text.restore(state)
 
 
+class Reused:
+    """A stream whose batches come `times` each: `held` of them at a time, one after the other, again and again.
+
+    The model runs once for all of these steps. Batches end with the one that reaches `tokens`. The place to go back to
+    is where the held batches begin, and how many have been handed out since; they are harvested anew.
+    """
+
+    def __init__(self, stream: Stream, times: int, held: int, tokens: float) -> None:
+        self.stream, self.times, self.held, self.tokens = stream, times, held, tokens
+        self._batches: list[Harvest] = []
+        self._given = self._harvested = 0
+        self._begin: dict[str, Any] = {}
+
+    def __next__(self) -> Harvest:
+        if self._ended:
+            self._batches, self._given = [], 0  # let go of before the next ones are made
+        if not self._batches:
+            self._harvest()
+        self._given += 1
+        return self._batches[(self._given - 1) % len(self._batches)]
+
+    @property
+    def _ended(self) -> bool:
+        return self._given == self.times * len(self._batches)
+
+    def _harvest(self) -> None:
+        self._begin = self._place()
+        while not self._batches or (len(self._batches) < self.held and self._harvested < self.tokens):
+            self._batches.append(next(self.stream))
+            self._harvested += self._batches[-1].n_tokens
+
+    def _place(self) -> dict[str, Any]:
+        return {"text": self.stream.state(), "harvested": self._harvested}
+
+    def state(self) -> dict[str, Any]:
+        return {**self._place(), "given": 0} if self._ended else {**self._begin, "given": self._given}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stream.restore(state["text"])
+        self._batches, self._begin = [], state
+        self._harvested, self._given = state["harvested"], state["given"]
+
+
 def harvest_finite(site: AttentionSite, batch: Batch) -> AttentionInputs:
     """What one layer saw on a batch, outside of training; `UserError` where that is not finite."""
     inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from ...tables.examples import Examples
 from ...training.loop import FLOOR
 from ...training.recipes import RECIPES
 from ...training.step1 import Step1Job
+from ...training.stream import Reused
 from ..report import CURVE, measure
 from . import published, work
 from .measure import Ceiling, by_processor, in_turns, timed
@@ -37,6 +39,7 @@ VARIANTS = 5  # patterns that the report puts into the model, one at a time
 MASK_SPARSITY, MASK_RATE = 1e-6, 1e-2
 SEED, DEFAULT, THEIRS = "step 1, seed", "step 1, default", "published step 1"
 MASK, THEIR_MASK = "mask", "published mask"
+REUSED, HELD = ", reuse ", 2  # after a name: steps a batch; batches that are held meanwhile
 PLAIN: Dtype = "float32"
 
 
@@ -108,13 +111,13 @@ def _rates(seconds: float, tokens: int, done: Work, ceiling: Ceiling) -> dict[st
 
 
 def ratios(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """How many times as fast ours is on the same layers and as many tokens, turn by turn."""
+    """How many times as fast ours is on the same layers, a token that is learned from, turn by turn."""
     found = {}
     for ours, part in parts.items():
-        theirs = {SEED: THEIRS, MASK: THEIR_MASK}.get(ours, ours.replace(DEFAULT, THEIRS))
+        theirs = {SEED: THEIRS, MASK: THEIR_MASK}.get(ours, ours.replace(DEFAULT, THEIRS).partition(REUSED)[0])
         if theirs != ours and theirs in parts:
             turns = zip(parts[theirs]["seconds_all"], part["seconds_all"], strict=True)
-            each = [a / b for a, b in turns]
+            each = [a / b * part["tokens"] / parts[theirs]["tokens"] for a, b in turns]
             found[ours] = {"median": median(each), "range": [min(each), max(each)]}
     return found
 
@@ -128,11 +131,15 @@ def step1_ways(world: World) -> dict[str, Way]:
     def jobs(recipe: str, layers: Sequence[int]) -> list[Step1Job]:
         return [job_of(i, s, recipe, width, size.k) for i, s in zip(layers, world.statistics(layers), strict=True)]
 
-    def steps(recipe: str, layers: Sequence[int]) -> Way:
-        stream = RandomText(world, [world.sites[layer] for layer in layers], n)
-        shape = shape_of(size, width, below=layers[-1])
-        done = work.step1(shape, len(layers), default=recipe == "default", dense=dense)
-        return Way(Steps(jobs(recipe, layers), stream, device, dtype=world.dtype).step, n, done)
+    def steps(recipe: str, layers: Sequence[int], reuse: int = 1) -> Way:
+        """As many steps as a batch is learned from; it is one of few that are held, so that none is in the cache."""
+        text = RandomText(world, [world.sites[layer] for layer in layers], n)
+        stream = Reused(text, reuse, HELD, math.inf) if reuse > 1 else text
+        shape, batches = shape_of(size, width, below=layers[-1]), HELD if reuse > 1 else 1
+        done = work.step1(shape, len(layers), default=recipe == "default", dense=dense, steps=reuse)
+        turn = reuse * batches
+        act = Steps(jobs(recipe, layers), stream, device, dtype=world.dtype, turn=turn).take
+        return Way(act, n * turn, done * batches)
 
     def published_steps(layers: Sequence[int]) -> Way:
         done = sum((work.published_step1(shape_of(size, width, below=layer)) for layer in layers), Work())
@@ -151,6 +158,7 @@ def step1_ways(world: World) -> dict[str, Way]:
         DEFAULT: steps("default", one),
         SEED: steps("seed", one),
         THEIRS: published_steps(one),
+        **{f"{DEFAULT}{REUSED}{reuse}": steps("default", one, reuse) for reuse in (2, 4)},
         **{f"{DEFAULT}, {name}": steps("default", layers) for name, layers in together.items()},
         **{f"{THEIRS}, {name}": published_steps(layers) for name, layers in together.items()},
     }

@@ -21,7 +21,7 @@ class Harvests(Protocol):
 
 
 class Steps:
-    """Jobs on harvests; `done`: the share of the training that the learning rate is taken at."""
+    """Jobs on harvests; `done`: the share of the training that the learning rate is taken at; `turn`: steps a turn."""
 
     def __init__(
         self,
@@ -30,12 +30,18 @@ class Steps:
         device: torch.device,
         done: float = 0.0,
         dtype: Dtype = "float32",
+        turn: int = 1,
     ) -> None:
-        self.jobs, self.stream, self.done, self.taken = jobs, stream, done, 0
+        self.jobs, self.stream, self.done, self.turn, self.taken = jobs, stream, done, turn, 0
         self.optimizers = [torch.optim.Adam(job.parameter_groups(), fused=True) for job in jobs]
         self.watch = Watch(device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.config = TrainingConfig()
+
+    def take(self) -> None:
+        """The steps of one turn."""
+        for _ in range(self.turn):
+            self.step()
 
     def step(self) -> dict[str, dict[str, torch.Tensor]]:
         batch = next(self.stream)

@@ -93,8 +93,8 @@ def harvest(s: Shape) -> Work:
     return model(s, s.below) + product(s.n, s.D, 3 * s.D)
 
 
-def step1(s: Shape, layers: int, *, default: bool, dense: bool) -> Work:
-    """One step of one pair of dictionaries for each of several layers, one harvest; of `default`, or of `seed`.
+def step1(s: Shape, layers: int, *, default: bool, dense: bool, steps: int = 1) -> Work:
+    """Steps of one pair of dictionaries for each of several layers on one harvest; of `default`, or of `seed`.
 
     `dense`: on a GPU.
     """
@@ -111,7 +111,7 @@ def step1(s: Shape, layers: int, *, default: bool, dense: bool) -> Work:
         one += adam(F * (s.D + s.M + 1) + s.D + s.M)
     if default:
         one += pair_penalty(s)
-    return harvest(s) + one * layers
+    return harvest(s) + one * (layers * steps)
 
 
 KL_PRODUCTS = (
