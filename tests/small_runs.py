@@ -16,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from layers import close
+from safetensors.torch import load_file
 from texts import BOS, documents_of
 from tiny import tiny_model
 
@@ -66,6 +69,15 @@ def small_constants() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "START_TOKENS", 300)
         patch.setattr(report, "CHECK_TOKENS", 8)
+        yield
+
+
+@contextmanager
+def free_memory(bytes_: int | None) -> Iterator[None]:
+    """Trainings are told that this much is free; None: as much as is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if bytes_ is not None:
+            patch.setattr(runner, "free_memory", lambda device: bytes_)
         yield
 
 
@@ -156,6 +168,31 @@ def require_equal(one: Path, other: Path) -> None:
     assert logged(one) == logged(other)
 
 
+def require_like(found: Path, wanted: Path, *, positions: bool = True) -> None:
+    """The same files; dictionaries, pairs, logs and reports of both layers alike up to rounding.
+
+    Without a rotary embedding (`positions`) nothing says where `key.b_out` is: it adds a constant to each score row.
+    """
+    assert tree(found).keys() == tree(wanted).keys()
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (found, wanted)]
+    assert configs[0]["run"] == configs[1]["run"]
+    for layer in ("layer_0", "layer_1"):
+        here, there = found / layer, wanted / layer
+        for name in ("step1.safetensors", "dictionaries.safetensors"):
+            mine, other = load_file(here / name), load_file(there / name)
+            assert mine.keys() == other.keys()
+            for key in mine:
+                if not (positions and key == "key.b_out"):
+                    close(mine[key], other[key], 1e-4, floor=1e-2)
+        one, two = (pq.read_table(folder / "pairs.parquet").to_pydict() for folder in (here, there))
+        for column in ("query_feature", "key_feature", "head"):
+            assert one[column] == two[column]
+        assert one["strength"] == pytest.approx(two["strength"], rel=1e-3, abs=1e-4)
+        assert logged(here) == logged(there)
+        kl = [read_json(folder / "report.json")["pattern_kl"]["map_pruned"]["mean"] for folder in (here, there)]
+        assert kl[0] == pytest.approx(kl[1], rel=1e-4)
+
+
 # Killing runs
 
 Moment = tuple[str, str, int]
@@ -177,11 +214,12 @@ def die_at(moment: Moment) -> None:
     sys.addaudithook(hook)
 
 
-def _child(words: list[str], moment: Moment) -> None:
+def _child(words: list[str], moment: Moment, memory: int | None) -> None:
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     die_at(moment)
-    finish(words)
+    with free_memory(memory):
+        finish(words)
 
 
 _server = multiprocessing.get_context("forkserver")
@@ -189,9 +227,9 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["qkscope.pipeline", "transformers.models.gpt2.modeling_gpt2", "qkscope.data.hub"])
 
 
-def kill_at(moment: Moment, words: list[str]) -> None:
+def kill_at(moment: Moment, words: list[str], memory: int | None = None) -> None:
     """Give a command in a process of its own, which is killed (SIGKILL) just before this moment."""
-    child = _server.Process(target=_child, args=(words, moment))
+    child = _server.Process(target=_child, args=(words, moment, memory))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, f"{moment} never came (exit code {child.exitcode})"

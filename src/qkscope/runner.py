@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import parallel
 from .attention import AttentionInputs, AttentionSite
@@ -22,6 +23,7 @@ from .data.documents import Split
 from .decomposition import Decomposition, SiteShape, save_transcoders
 from .dictionary import SparseTranscoder
 from .foreign.carry import Sides, in_brief
+from .memory import Need, Part, free_memory
 from .pairs.importance import firing_features, pair_importance, rank_pairs
 from .pairs.mask import MaskJob, require_memory, shortfall
 from .pairs.pair_map import Pairs, rows, weight_strength
@@ -29,11 +31,11 @@ from .pairs.phases import Phase, phases_of
 from .pairs.selection import fewest, map_kl, mattering, top
 from .pairs.tune import MapJob
 from .progress import Reporter
-from .run_folder import layer_folder
+from .run_folder import TRAINED, layer_folder
 from .target import Bounds, Cost, bounds_of, cost_of, step1_kl
 from .training import checkpoint
 from .training.checkpoint import Progress
-from .training.job import Job
+from .training.job import Job, job_name
 from .training.loop import Logs, train
 from .training.start import label_seed, side_statistics, start
 from .training.steering import Steering
@@ -41,6 +43,7 @@ from .training.step1 import Step1Job
 from .training.stream import ModelStream, harvest_finite
 
 START_TOKENS = 8192  # training tokens that a start is fitted to
+SAID = 2e9  # bytes of training beside the model from which on a person is told
 STEER_TOKENS = 4096  # validation tokens on which a bound on cross-entropy becomes one on KL
 
 
@@ -94,9 +97,51 @@ class Runner:
     # Phases
 
     def train(self) -> None:
-        """Both steps; leaves each layer's dictionaries and pairs in its folder."""
+        """Both steps of every layer and variant, as many in one pass as memory holds; leaves their files."""
         saved = checkpoint.load(self.checkpoint_path)
-        jobs: list[Any] = self._given_jobs() if self.given else self._step1_jobs()
+        begun = self._begun(saved[1]) if saved else []
+        left = [part for part in self._parts() if part in begun or not self._is_trained(part)]
+        if not begun:
+            self._say_need(left)
+        while left:
+            parts = begun or self._passes(left)[0]
+            self._both_steps(parts, saved)
+            left, begun, saved = [part for part in left if part not in parts], [], None
+            if left:  # what is there is all that these leave
+                self.checkpoint_path.unlink()
+
+    def _parts(self) -> list[Part]:
+        return [(layer, name) for layer in self.given or (s.layer for s in self.sites) for name in self.names]
+
+    def _begun(self, at: Progress) -> list[Part]:
+        """What a checkpoint is of."""
+        names = {*at.notes.get("k", ()), *at.notes.get("stopped", ())}
+        return [part for part in self._parts() if job_name(*part) in names]
+
+    def _is_trained(self, part: Part) -> bool:
+        return all((layer_folder(self.out / part[1], part[0]) / name).exists() for name in TRAINED)
+
+    def _passes(self, left: Sequence[Part]) -> list[list[Part]]:
+        """These in passes that fit. Given features are there, and nothing but strengths is trained between them."""
+        return [list(left)] if self.given else self._need().passes(left, free_memory(self.device))
+
+    def _need(self) -> Need:
+        names = {name: single.dictionary for name, single in self.names.items()}
+        return Need.of_training(names, {s.layer: s.shape for s in self.sites}, self.config.training, self.device)
+
+    def _say_need(self, left: Sequence[Part]) -> None:
+        """What the trainings take, where that is much."""
+        passes, bytes_ = self._passes(left), 0 if self.given else self._need().of(left)
+        if len(passes) > 1 or bytes_ > SAID:
+            free = free_memory(self.device)
+            said = f"training takes about {bytes_ / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free"
+            counts = ", ".join(str(len(one)) for one in passes)
+            several = f": {len(passes)} passes over the text, of {counts} pairs of dictionaries"
+            self.reporter.message(said + (several if len(passes) > 1 else ""))
+
+    def _both_steps(self, parts: Sequence[Part], saved: tuple[dict[str, Tensor], Progress] | None) -> None:
+        """Both steps of some layers and variants; `saved` is a checkpoint of theirs to go on from."""
+        jobs: list[Any] = self._given_jobs() if self.given else self._step1_jobs(parts)
         phases = phases_of(self.config.pairs, target=self.config.target.given)
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
@@ -163,7 +208,8 @@ class Runner:
 
     def _train(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, notes: dict[str, Any]) -> int:
         """How often the text was begun anew."""
-        stream = ModelStream(self.sites, self.text("train", repeat=True, order=phase))
+        sites = [site for site in self.sites if any(job.layer == site.layer for job in jobs)]
+        stream = ModelStream(sites, self.text("train", repeat=True, order=phase))
         train(
             phase,
             jobs,
@@ -182,7 +228,8 @@ class Runner:
         while (told := parallel.receive())[0] is not None:
             message, tensors = told
             at = Progress(**message["at"])
-            jobs: list[Any] = [job for job in self._blank_jobs() if f"{job.name}|query.W_enc" in tensors]
+            parts = [part for part in self._parts() if f"{job_name(*part)}|query.W_enc" in tensors]
+            jobs = self._blank_jobs(parts)
             for job in jobs:
                 job.query.k, job.key.k = at.notes["k"][job.name]
                 if job.name in message["steered"]:
@@ -193,35 +240,34 @@ class Runner:
 
     # Jobs
 
-    def _blank_jobs(self) -> list[Any]:
-        """Step 1's jobs, or the given features', in the first process's order; for what it sends to fill."""
+    def _blank_jobs(self, parts: Sequence[Part]) -> list[Any]:
+        """Step 1's jobs, or the given features'; for what the first process sends to fill."""
         if self.given:
-            return [Job(layer, "", *sides) for layer, sides in self.given.items()]
+            return [Job(layer, "", *self.given[layer]) for layer, _ in parts]
         jobs = []
-        for site in self.sites:
-            d, n, g, h = (site.shape[name] for name in "DNGH")
-            for name, single in self.names.items():
-                config = single.dictionary
-                assert config.activation is not None
-                query = SparseTranscoder(d, config.width, n * h, config.activation, config.k)
-                key = SparseTranscoder(d, config.key_width, g * h, config.activation, config.key_k)
-                jobs.append(Step1Job(site.layer, name, config, query, key).to(self.device))
+        for layer, name in parts:
+            d, n, g, h = (self._site(layer).shape[side] for side in "DNGH")
+            config = self.names[name].dictionary
+            assert config.activation is not None
+            query = SparseTranscoder(d, config.width, n * h, config.activation, config.k)
+            key = SparseTranscoder(d, config.key_width, g * h, config.activation, config.key_k)
+            jobs.append(Step1Job(layer, name, config, query, key).to(self.device))
         return jobs
 
     def _folder(self, job: Job) -> Path:
         return layer_folder(self.out / job.variant, job.layer)
 
-    def _step1_jobs(self) -> list[Step1Job]:
+    def _step1_jobs(self, parts: Sequence[Part]) -> list[Step1Job]:
         jobs = []
-        for site in self.sites:
-            statistics = side_statistics(self.sample(site.layer, "train", self._sample_tokens()))
-            for name, single in self.names.items():
-                label = f"layer {site.layer}"
+        for layer in dict.fromkeys(layer for layer, _ in parts):
+            statistics = side_statistics(self.sample(layer, "train", self._sample_tokens()))
+            for name in (name for other, name in parts if other == layer):
+                config = self.names[name].dictionary
                 query, key = (
-                    start(single.dictionary, side, statistics[side], label, self.config.training.seed)
+                    start(config, side, statistics[side], f"layer {layer}", self.config.training.seed)
                     for side in ("query", "key")
                 )
-                jobs.append(Step1Job(site.layer, name, single.dictionary, query, key))
+                jobs.append(Step1Job(layer, name, config, query, key))
         return jobs
 
     def _given_jobs(self) -> list[Job]:

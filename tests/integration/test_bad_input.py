@@ -315,7 +315,7 @@ def test_a_mask_that_cannot_fit(
 ) -> None:
     """Said before step 1 as what may be, after it as what is; then the same folder goes on, in this or another way."""
     masked = {"pairs.method": "mask"}
-    monkeypatch.setattr(mask, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(mask, "free_memory", lambda device: 1000)
     said = call(words(tmp_path / "run", masked))
     assert said.status == 2 and said.lines[-1].startswith("qkscope: --pairs.method mask: 2 masks of at most ")
     assert "use --pairs.method tune" in said.lines[-1]

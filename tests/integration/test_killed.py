@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import Moment, finish, kill_at, logged, require_equal, save_text, tree
+from small_runs import Moment, argv, finish, free_memory, kill_at, logged, require_equal, require_like, save_text, tree
 
 STEPS = 6  # of step 1 with the small options: two checkpoints before its end
 TUNE_STEPS = 3  # of each stage
@@ -145,6 +145,63 @@ def test_killed_with_another_method(
 )
 def test_killed_in_a_sweep(killed: Callable[..., Path], moment: Moment) -> None:
     killed(moment, changes={"sweep.recipe": ("default", "seed")})
+
+
+@pytest.fixture(scope="module")
+def two_passes(models: Callable[[str], Path], source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed, in memory that holds one layer at a time."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    with free_memory(0):
+        finish(argv(out, models("gpt2"), source, LIGHT))
+    return out
+
+
+@pytest.mark.parametrize("memory", [0, None])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("open", "layer_0/metrics.jsonl", STEPS + 2),
+        ("os.remove", "checkpoint.safetensors", 1),  # the first pass's
+        ("open", "layer_1/metrics.jsonl", 2),
+        ("open", "layer_1/metrics.jsonl", STEPS + 2),
+        ("os.rename", "layer_1/pairs.parquet", 1),
+    ],
+)
+def test_killed_in_one_of_two_passes(
+    words: Callable[..., list[str]],
+    call: Callable,
+    tmp_path: Path,
+    two_passes: Path,
+    moment: Moment,
+    memory: int | None,
+) -> None:
+    """Where memory holds one layer at a time when it begins; by the time it goes on more may be free."""
+    kill_at(moment, command := words(tmp_path / "run", LIGHT), memory=0)
+    with free_memory(memory):
+        said = call(command)
+    assert said.status == 0, said.lines
+    assert tree(tmp_path / "run").keys() == tree(two_passes).keys()
+    for layer in ("layer_0", "layer_1"):
+        require_equal(tmp_path / "run" / layer, two_passes / layer)
+
+
+def test_two_passes_find_what_one_does(
+    words: Callable[..., list[str]], undisturbed: Callable[..., Path], two_passes: Path
+) -> None:
+    """Up to rounding: a layer that nobody reads takes another kernel."""
+    require_like(two_passes, undisturbed(words, LIGHT, "gpt2"))
+
+
+def test_passes_are_said_beforehand(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:
+    with free_memory(10**9):
+        said = call(words(tmp_path / "one", {"training.tokens": 200, "pairs.method": "importance"}))
+        assert said.status == 0 and not any("beside the model" in line for line in said.lines)
+    with free_memory(10**8):
+        changes = {"training.tokens": 200, "pairs.method": "importance", "sweep.k": (2, 3)}
+        said = call(words(tmp_path / "two", changes))
+    (line,) = (line for line in said.lines if line.startswith("training takes about 0.6 GB beside the model"))
+    assert line.endswith("0.1 GB are free: 4 passes over the text, of 1, 1, 1, 1 pairs of dictionaries")
+    assert said.status == 0 and len(list((tmp_path / "two").rglob("layer_?/report.json"))) == 4
 
 
 def test_a_text_changed_in_between_is_refused(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import processes
-import pyarrow.parquet as pq
 import pytest
 import small_runs
 import yaml
-from layers import close
-from safetensors.torch import load_file
-from small_runs import Moment, finish, logged, read_json, require_equal, small_constants, tree
+from small_runs import Moment, finish, free_memory, require_equal, require_like, small_constants
 
 from qkscope.cli import main
 
@@ -33,18 +30,20 @@ STEPS = 4  # of step 1
 Words = Callable[..., list[str]]
 
 
-def command(words: list[str], moment: Moment | None) -> None:
-    """Give a command; the first process is killed just before the moment."""
+def command(words: list[str], moment: Moment | None, memory: int | None) -> None:
+    """Give a command; the first process is killed just before the moment, and told that so much memory is free."""
     if moment and os.environ["RANK"] == "0":
         small_runs.die_at(moment)
-    with small_constants():
+    with small_constants(), free_memory(memory):
         main(words)
 
 
-def start(words: list[str], folder: Path, size: int = 2, moment: Moment | None = None) -> list[Any]:
+def start(
+    words: list[str], folder: Path, size: int = 2, moment: Moment | None = None, memory: int | None = None
+) -> list[Any]:
     """A command in several processes (1: in this one); their exit codes."""
     if size > 1:
-        return processes.start(size, command, folder, words, moment)
+        return processes.start(size, command, folder, words, moment, memory)
     finish(words)
     return [0]
 
@@ -64,31 +63,6 @@ def by_two(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert start(words(folder / "run"), folder) == [0, 0], processes.said(folder, 2)
     assert (folder / "0.err").read_text() and not (folder / "1.err").read_text()
     return folder / "run"
-
-
-def require_like(found: Path, wanted: Path, *, positions: bool = True) -> None:
-    """The same files; dictionaries, pairs, logs and reports of both layers alike up to rounding.
-
-    Without a rotary embedding (`positions`) nothing says where `key.b_out` is: it adds a constant to each score row.
-    """
-    assert tree(found).keys() == tree(wanted).keys()
-    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (found, wanted)]
-    assert configs[0]["run"] == configs[1]["run"]
-    for layer in ("layer_0", "layer_1"):
-        here, there = found / layer, wanted / layer
-        for name in ("step1.safetensors", "dictionaries.safetensors"):
-            mine, other = load_file(here / name), load_file(there / name)
-            assert mine.keys() == other.keys()
-            for key in mine:
-                if not (positions and key == "key.b_out"):
-                    close(mine[key], other[key], 1e-4, floor=1e-2)
-        one, two = (pq.read_table(folder / "pairs.parquet").to_pydict() for folder in (here, there))
-        for column in ("query_feature", "key_feature", "head"):
-            assert one[column] == two[column]
-        assert one["strength"] == pytest.approx(two["strength"], rel=1e-3, abs=1e-4)
-        assert logged(here) == logged(there)
-        kl = [read_json(folder / "report.json")["pattern_kl"]["map_pruned"]["mean"] for folder in (here, there)]
-        assert kl[0] == pytest.approx(kl[1], rel=1e-4)
 
 
 def test_two_processes_find_what_one_does(by_two: Path, words: Words, tmp_path: Path) -> None:
@@ -120,6 +94,12 @@ def test_two_processes_find_what_one_does_otherwise(
     assert start(words(tmp_path / "two", changes, model), tmp_path) == [0, 0], processes.said(tmp_path, 2)
     finish(words(tmp_path / "one", changes, model))
     require_like(tmp_path / "two", tmp_path / "one", positions=model == "gpt2")
+
+
+def test_two_processes_take_several_passes_where_memory_is_short(by_two: Path, words: Words, tmp_path: Path) -> None:
+    assert start(words(tmp_path / "run"), tmp_path, memory=0) == [0, 0], processes.said(tmp_path, 2)
+    assert any("2 passes over the text, of 1, 1 pairs" in line for line in processes.said(tmp_path, 2))
+    require_like(tmp_path / "run", by_two)
 
 
 @pytest.mark.parametrize(

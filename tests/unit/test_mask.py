@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from layers import (
@@ -111,7 +109,7 @@ def test_steps_clamp_to_the_unit_interval_and_train_nothing_else() -> None:
 
 
 def test_a_mask_that_cannot_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_free_memory", lambda: 10 << 30)
+    monkeypatch.setattr(room, "free_memory", lambda device: 10 << 30)
     cpu = torch.device("cpu")
     require_memory([(1000, 1000, 12)], cpu)
     with pytest.raises(UserError) as error:
@@ -127,16 +125,8 @@ def test_masks_of_one_run_must_fit_together(monkeypatch: pytest.MonkeyPatch) -> 
     one = (1000, 1000, 10)  # 40 MB
     cpu = torch.device("cpu")
     for count, megabytes in ((1, 280), (2, 440), (5, 920)):
-        monkeypatch.setattr(room, "_free_memory", lambda free=megabytes * 10**6: free)
+        monkeypatch.setattr(room, "free_memory", lambda device, free=megabytes * 10**6: free)
         require_memory([one] * count, cpu)
-        monkeypatch.setattr(room, "_free_memory", lambda free=megabytes * 10**6 - 1: free)
+        monkeypatch.setattr(room, "free_memory", lambda device, free=megabytes * 10**6 - 1: free)
         with pytest.raises(UserError, match="1000 x 1000 x 10"):
             require_memory([one] * count, cpu)
-
-
-def test_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert 1 << 20 < room._free_memory() < 1 << 50
-    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
-    assert 1 << 20 < room._free_memory() < 1 << 50  # where there is no such file
-    room.MEMINFO.write_text("MemTotal: 16000 kB\nMemFree: 100 kB\nMemAvailable: 9000 kB\nCached: 8900 kB\n")
-    assert room._free_memory() == 9000 * 1024

@@ -215,7 +215,7 @@ def test_the_command(
 
 
 def test_a_mask_that_does_not_fit_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qkscope.pairs.mask._free_memory", lambda: 1000)
+    monkeypatch.setattr("qkscope.pairs.mask.free_memory", lambda device: 1000)
     whole = bench._whole_mask(world)
     assert "wall_s" not in whole and "151 x 151 x 2" in whole["skipped"]
 

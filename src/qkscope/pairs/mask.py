@@ -8,10 +8,7 @@ This is the only place with dense [Fq, Fk, N] tensors; `require_memory` says bef
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +16,14 @@ from torch import Tensor, nn
 from .. import parallel
 from ..dictionary import SparseTranscoder
 from ..errors import UserError
+from ..memory import COPIES, free_memory
 from ..pattern import PatternRule
 from ..training.job import Job
 from ..training.objective import PatternTarget
 from .pair_map import Pairs, rows, with_bias
 
 EPSILON = 1e-6
-COPIES = 4  # of a mask that is trained: itself, its gradient and two moments; all masks of a run are at once
 AT_PEAK = 3  # more of the one whose step it is: a head's product, its gradient and the penalty's
-MEMINFO = Path("/proc/meminfo")
 
 
 def shortfall(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> str | None:
@@ -35,7 +31,7 @@ def shortfall(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> s
     sizes = [4 * math.prod(shape) for shape in shapes]
     summed = max(sizes) if parallel.size() > 1 else 0  # gradients of all processes are added up in one piece
     need = COPIES * sum(sizes) + AT_PEAK * max(sizes) + summed
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    free = free_memory(device)
     if need <= free:
         return None
     largest = " x ".join(map(str, max(shapes, key=math.prod)))
@@ -50,15 +46,6 @@ def require_memory(shapes: Sequence[tuple[int, int, int]], device: torch.device)
             f"--pairs.method mask: {said}; use --pairs.method tune, which needs no dense tensor "
             "(step 1 is kept: the same --out goes on from there)"
         )
-
-
-def _free_memory() -> int:
-    """Bytes that can be had; what files are cached in can be."""
-    with suppress(OSError):
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def masked_scores(

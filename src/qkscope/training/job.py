@@ -12,6 +12,11 @@ from ..dictionary import SparseTranscoder
 from .objective import PatternTarget
 
 
+def job_name(layer: int, variant: str) -> str:
+    """What tells the jobs of a run apart."""
+    return f"{variant or 'run'}|{layer}"
+
+
 class Job(nn.Module):
     """Two dictionaries of one layer and what is trained with them; parameters and buffers are its whole state.
 
@@ -26,8 +31,7 @@ class Job(nn.Module):
 
     @property
     def name(self) -> str:
-        """What tells the jobs of a run apart."""
-        return f"{self.variant or 'run'}|{self.layer}"
+        return job_name(self.layer, self.variant)
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""What trainings take, counted and measured, and which of them share a pass."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qkscope import memory
+from qkscope.config import DictionaryConfig, TrainingConfig
+from qkscope.dictionary import SparseTranscoder
+from qkscope.memory import Need, Part, free_memory
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPE = {"D": 12, "N": 4, "G": 2, "H": 3}
+
+
+def test_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 1 << 20 < free_memory(CPU) < 1 << 50
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    assert 1 << 20 < free_memory(CPU) < 1 << 50  # where there is no such file
+    memory.MEMINFO.write_text("MemTotal: 16000 kB\nMemFree: 100 kB\nMemAvailable: 9000 kB\nCached: 8900 kB\n")
+    assert free_memory(CPU) == 9000 * 1024
+
+
+def test_dictionaries_are_counted_with_gradients_and_moments() -> None:
+    config = DictionaryConfig(width=40, width_key=30)
+    need = Need.of_training({"": config}, {7: SHAPE}, TrainingConfig(), CPU)
+    sides = [SparseTranscoder(12, width, outputs, "batchtopk", 4) for width, outputs in ((40, 12), (30, 6))]
+    held = 0
+    for side in sides:
+        optimizer = torch.optim.Adam([p for p in side.parameters() if p.requires_grad])
+        side(torch.randn(3, 12)).sum().backward()
+        optimizer.step()
+        tensors = [t for p in optimizer.param_groups[0]["params"] for t in (p, p.grad)]
+        tensors += [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+        held += sum(4 * t.numel() for t in tensors)
+    assert need.dictionaries[7, ""] == held
+
+
+def test_batches_that_are_held_are_counted() -> None:
+    names = {"a": DictionaryConfig(width=40), "b": DictionaryConfig(width=400)}
+    once, held = (
+        Need.of_training(
+            names, {0: SHAPE, 1: SHAPE}, TrainingConfig(batch_tokens=100, reuse=reuse, held_batches=5), CPU
+        )
+        for reuse in (1, 2)
+    )
+    assert once.harvest == {0: 4 * 100 * (12 + 12 + 6), 1: 4 * 100 * (12 + 12 + 6)}
+    assert {layer: bytes_ / 5 for layer, bytes_ in held.harvest.items()} == once.harvest
+    parts: list[Part] = [(0, "a"), (0, "b"), (1, "a")]
+    assert once.of(parts) == once.step + 2 * once.harvest[0] + 2 * once.dictionaries[0, "a"] + once.dictionaries[0, "b"]
+    gpu = Need.of_training(names, {0: SHAPE}, TrainingConfig(batch_tokens=100), CUDA)
+    assert gpu.step - once.step == 4 * memory.DENSE * 100 * 400
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    harvest=st.integers(0, 20),
+    step=st.integers(0, 20),
+    free=st.integers(0, 400),
+)
+def test_passes_hold_every_part_once_and_fit(sizes: list[int], harvest: int, step: int, free: int) -> None:
+    parts: list[Part] = [(n // 2, "ab"[n % 2]) for n in range(len(sizes))]
+    need = Need(dict(zip(parts, sizes, strict=True)), {n: harvest for n, _ in parts}, step)
+    passes = need.passes(parts, free)
+    assert [part for one in passes for part in one] == parts
+    for one, following in itertools.zip_longest(passes, passes[1:]):
+        assert len(one) == 1 or need.of(one) <= memory.USED * free
+        assert following is None or need.of([*one, following[0]]) > memory.USED * free  # no more would have fitted
