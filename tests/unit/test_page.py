@@ -56,7 +56,7 @@ def fake_report(layer: int, *, head: bool = True, controls: bool = True) -> dict
         "model": "openai-community/gpt2",
         "recipe": "default",
         "pairs_method": "tune",
-        "tokens": {"evaluated": 65536, "sequences": 256, "trained": 2_000_000},
+        "tokens": {"evaluated": 65536, "sequences": 256, "trained": 2_000_000, "reuse": 2},
         "seconds": {"step1": 412.3, "tune": 230.0, "evaluate": 61.5},
         "l0": {"query": figure(8.13, 0.01), "key": figure(7.9, 0.01)},
         "dead": {"query": {"mean": 0.033, "ci95": [0.0, 0.071]}, "key": figure(0.12, 0.2)},
@@ -227,7 +227,8 @@ def test_every_part_of_a_full_run(tmp_path: Path) -> None:
         "Cross-entropy increase", "KL of the model's output", "shuffled pairs", "SVD of QK", "before tuning",
         "Firing frequency, query features", "4 of 120 never fired", "training set, end of each phase", "tune-4",
         "Each head", "Strongest pairs", "Densest features", "bias always active", "Patterns on a held-out text",
-        "Other heads", "step1 412 s", "31 pairs with the query bias hold 11 % of importance",
+        "Other heads", "trained on 2,000,000 tokens, 2 steps a batch",
+        "step1 412 s", "31 pairs with the query bias hold 11 % of importance",
         f"to within 2.1{charts.TIMES}10⁻⁶",
     ):  # fmt: skip
         assert words in checker.text, words

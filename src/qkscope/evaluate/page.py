@@ -96,7 +96,9 @@ def _facts(layer: Layer) -> str:
     evaluated, sequences = (number(tokens.get(key)) for key in ("evaluated", "sequences"))
     said = [f"{words} {r[key]}" for key, words in (("recipe", "recipe"), ("pairs_method", "pairs by")) if r.get(key)]
     said += [f"features of {given['source']}, not trained here"] if (given := r.get("given")) else []
-    said += [f"trained on {number(tokens['trained'])} tokens"] if tokens.get("trained") else []
+    if tokens.get("trained"):
+        steps = f", {tokens['reuse']} steps a batch" if tokens.get("reuse", 1) > 1 else ""
+        said.append(f"trained on {number(tokens['trained'])} tokens{steps}")
     said.append(f"measured on {evaluated} held-out tokens in {sequences} sequences")
     said += [_asked(target)] if (target := r.get("target")) else []
     if r.get("seconds"):

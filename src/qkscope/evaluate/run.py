@@ -116,7 +116,7 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
     heldout = (b.to(device) for b in text("heldout", config.evaluation.tokens))
     report = measure(dec, site, heldout, sample, examples, step1=step1, controls=config.evaluation.controls)
     given = dec.shape.reads
-    report["tokens"]["trained"] = 0 if given else config.training.tokens
+    report["tokens"] |= {"trained": 0 if given else config.training.tokens, "reuse": config.training.reuse}
     report |= {
         "model": config.model,
         "recipe": None if given else config.dictionary.recipe,
