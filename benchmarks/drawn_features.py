@@ -2,7 +2,7 @@
 
     python benchmarks/drawn_features.py --layers stories-gpt2=3 MODEL=LAYER=TEXT --drawn 1024 512 256
 
-`default` at `--k` for either side and width 1,200, then pruned and tuned; held-out pattern KL with all pairs and with
+`default` at `--k` for either side and `--width`, then pruned and tuned; held-out pattern KL with all pairs and with
 fewer, and dead features before tune.
 """
 
@@ -19,13 +19,14 @@ from qkscope.evaluate.quality.bench import LayerBench
 from qkscope.evaluate.quality.report import SIZES, kl_of
 from qkscope.training import pair_penalty
 
-WIDTH, COUNTS = 1200, (8000, 4000, 1000)
+COUNTS = (8000, 4000, 1000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", required=True, help="MODEL=LAYER, or MODEL=LAYER=TEXT")
     parser.add_argument("--drawn", type=int, nargs="+", default=[1024, 512, 256])
+    parser.add_argument("--width", type=int, default=1200)
     parser.add_argument("--k", type=float, default=8)
     parser.add_argument("--tokens", type=int, default=150_000)
     args = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
         bench = LayerBench(model, text[0] if text else "embedded", int(layer), 0, size)
         for drawn in args.drawn:
             pair_penalty.DRAWN = drawn
-            job = bench.step1("job", DictionaryConfig(width=WIDTH, k=args.k))
+            job = bench.step1("job", DictionaryConfig(width=args.width, k=args.k))
             seconds = bench.fit([job], args.tokens)
             whole = bench.judge(job)
             kls = [kl_of(whole)]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import runner
+from qkscope import memory, runner
 from qkscope.cli import main
 from qkscope.evaluate import report
 
@@ -74,10 +74,11 @@ def small_constants() -> Iterator[None]:
 
 @contextmanager
 def free_memory(bytes_: int | None) -> Iterator[None]:
-    """Trainings are told that this much is free; None: as much as is."""
+    """Trainings, whose steps then take next to nothing, are told that this much is free; None: as much as is."""
     with pytest.MonkeyPatch.context() as patch:
         if bytes_ is not None:
             patch.setattr(runner, "free_memory", lambda device: bytes_)
+            patch.setattr(memory, "STEP", 0)
         yield
 
 
@@ -214,11 +215,11 @@ def die_at(moment: Moment) -> None:
     sys.addaudithook(hook)
 
 
-def _child(words: list[str], moment: Moment, memory: int | None) -> None:
+def _child(words: list[str], moment: Moment, free: int | None) -> None:
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     die_at(moment)
-    with free_memory(memory):
+    with free_memory(free):
         finish(words)
 
 
@@ -227,9 +228,9 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["qkscope.pipeline", "transformers.models.gpt2.modeling_gpt2", "qkscope.data.hub"])
 
 
-def kill_at(moment: Moment, words: list[str], memory: int | None = None) -> None:
+def kill_at(moment: Moment, words: list[str], free: int | None = None) -> None:
     """Give a command in a process of its own, which is killed (SIGKILL) just before this moment."""
-    child = _server.Process(target=_child, args=(words, moment, memory))
+    child = _server.Process(target=_child, args=(words, moment, free))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, f"{moment} never came (exit code {child.exitcode})"

@@ -124,7 +124,7 @@ class TrainingConfig(Config):
     """Training tokens (padding not counted); the text is repeated in a new order where it ends before that."""
     reuse: int = Field(default=1, ge=1)
     """Steps that learn from each batch that the model has run on, of step 1 and of step 2's trainings: the model reads
-    this share of the tokens. Where it is most of the cost, 2 or 4 make a run that much faster (docs/speed.md)."""
+    one in so many of the tokens. For models that cost more than their dictionaries (docs/speed.md)."""
     held_batches: int = Field(default=8, ge=1)
     """reuse: batches that are held at once and learned from in turn, over and over."""
     batch_tokens: int = Field(default=2048, ge=2)

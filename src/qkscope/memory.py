@@ -10,26 +10,43 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
 from .config import DictionaryConfig, TrainingConfig
+from .kernels.mostly_zero import SHARE
 
 COPIES = 4  # of what is trained: itself, its gradient and Adam's two moments
 USED = 0.8  # share of what is free that trainings are planned to take
-STEP = 600 << 20  # bytes of the step at hand: the model's pass, the pattern's blocks, entries that are not zero
-DENSE = 8  # on a GPU: matrices [tokens, features] of it, activations and gradients with their zeros
-MEMINFO = Path("/proc/meminfo")
+STEP = 500 << 20  # bytes of the step at hand: a block of the model, the KL's blocks, entries that are not zero
+PATTERNS = 4  # of a layer that is read and has another one above it: scores, masked, their logarithm, the pattern
+DENSE = 8  # matrices [tokens, features], activations and gradients with their zeros, where these are written down
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 Part = tuple[int, str]  # a layer, and a variant of a sweep ('' without one)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had; on a CPU what files are cached in can be."""
+    """Bytes that a process can have; on a CPU also what files are cached in, and its share of what processes share."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min(_free_of_machine(), _free_of_container()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_of_machine() -> int:
     with suppress(OSError):
         for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_of_container() -> int:
+    """What a control group leaves; more than there can be without one that has a limit."""
+    with suppress(OSError, ValueError):
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return limit - used + next(int(size) for name, size in lines if name == "inactive_file")
+    return 1 << 62
 
 
 @dataclass(frozen=True)
@@ -45,21 +62,24 @@ class Need:
     @classmethod
     def of_training(
         cls, names: Mapping[str, DictionaryConfig], shapes: Mapping[int, Mapping[str, int]],
-        config: TrainingConfig, device: torch.device,
+        config: TrainingConfig, context: int, device: torch.device,
     ) -> Need:  # fmt: skip
         """Of each variant's dictionaries in each layer, whose D, N, G and H are given."""
-        tokens = config.batch_tokens * (config.held_batches if config.reuse > 1 else 1)
+        # The batch before is there while the next one is made; values are held where one product makes q, k and v.
+        tokens = config.batch_tokens * (1 + (config.held_batches if config.reuse > 1 else 1))
         dictionaries, harvest = {}, {}
         for layer, shape in shapes.items():
             d, n, g, h = (shape[name] for name in "DNGH")
-            harvest[layer] = 4 * tokens * (d + (n + g) * h)
+            harvest[layer] = 4 * tokens * (d + (n + 2 * g) * h)
             for name, one in names.items():
                 sides = ((one.width, n * h), (one.key_width, g * h))
                 numbers = sum(width * (d + outputs + 1) + d + outputs for width, outputs in sides)
                 dictionaries[layer, name] = 4 * COPIES * numbers
-        width = max(max(one.width, one.key_width) for one in names.values())
-        dense = 4 * DENSE * config.batch_tokens * width if device.type == "cuda" else 0
-        return cls(dictionaries, harvest, STEP + dense)
+        patterns = PATTERNS * context * max(shape["N"] for shape in shapes.values())
+        widths = [max(one.width, one.key_width) for one in names.values() if device.type == "cuda" or not _is_few(one)]
+        dense = DENSE * max(widths, default=0)
+        summed = max(dictionaries.values()) // COPIES if parallel.size() > 1 else 0  # gradients in one piece
+        return cls(dictionaries, harvest, STEP + 4 * config.batch_tokens * (patterns + dense) + summed)
 
     def of(self, parts: Collection[Part]) -> int:
         """What these take in one pass."""
@@ -75,3 +95,8 @@ class Need:
             else:
                 passes.append([part])
         return passes
+
+
+def _is_few(config: DictionaryConfig) -> bool:
+    """Whether no zeros of activations are written down on a CPU (dictionary.py: `fire`)."""
+    return config.activation == "batchtopk" and max(config.k / config.width, config.key_k / config.key_width) <= SHARE

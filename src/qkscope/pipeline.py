@@ -1,4 +1,4 @@
-"""A run: harvest → step 1 → pair map → evaluation → report, for every layer and variant in one pass over the text.
+"""A run: harvest → step 1 → pair map → evaluation → report, for as many layers and variants in one pass as fit.
 
 A run is a list of phases. Each ends in a checkpoint that says so, and everything between two trainings is computed from
 that checkpoint, so the same command after a kill at any moment goes on and ends with the same bits (on a CPU).
@@ -25,9 +25,11 @@ from .files import remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
 from .models import load_model, number_of_layers
 from .progress import Reporter
-from .run_folder import TRAINED, claimed, layer_folder, plain, recorded, require_same, variants, write_config
+from .run_folder import claimed, layer_folder, plain, recorded, require_same, unfinished, variants, write_config
 from .runner import Runner
 from .target import require_target
+
+TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 
 
 @dataclass
@@ -107,7 +109,8 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
             runner.train()
         parallel.leave()  # what is left to do takes one process
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
-        (out / "checkpoint.safetensors").unlink(missing_ok=True)
+        for path in unfinished(out):
+            path.unlink()
         reporter.message(f"report: {out / 'report.html'}")
     return finished
 
@@ -122,10 +125,9 @@ def _features(config: RunConfig, sites: Sequence[AttentionSite]) -> dict[int, Si
 
 
 def _has_all(run: Run, names: tuple[str, ...]) -> bool:
-    """Whether every layer of a run that no checkpoint is left of has these files."""
+    """Whether every layer of a run has these files, and nothing is left to go on from."""
     layers = [layer_folder(folder, layer) for folder in run.folders.values() for layer in run.config.numbers]
-    left = run.folder / "checkpoint.safetensors"
-    return not left.exists() and all((layer / name).exists() for layer in layers for name in names)
+    return not unfinished(run.folder) and all((layer / name).exists() for layer in layers for name in names)
 
 
 def with_layers(config: RunConfig) -> RunConfig:

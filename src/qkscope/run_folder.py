@@ -17,15 +17,13 @@ import transformers
 import yaml
 from pydantic import ValidationError
 
-from . import __version__
+from . import __version__, passes
 from .config import DictionaryConfig, PairsConfig, RunConfig, build, one_line
 from .decomposition import read_run
 from .errors import UserError
 from .files import disk_errors, write_text
 from .training import checkpoint
 from .training.recipes import resolved
-
-TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 
 # What may differ between the command that began a run and the one that goes on with it.
 FREE = {"training.device", "training.checkpoint_steps", "training.log_steps"}
@@ -81,9 +79,14 @@ def owner(folder: Path) -> Path:
     return folder
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What is there to go on from."""
+    return [path for name in ("checkpoint.safetensors", passes.FILE) if (path := folder / name).exists()]
+
+
 def require_finished(folder: Path) -> None:
     """`UserError` while there is something to go on from: what lies there is not yet what the run ends with."""
-    if any((place / "checkpoint.safetensors").exists() for place in (folder, owner(folder))):
+    if unfinished(folder) or unfinished(owner(folder)):
         raise UserError(f"{folder}: its run is not finished; give the command that began it to go on with it")
 
 

@@ -30,8 +30,9 @@ from .pairs.pair_map import Pairs, rows, weight_strength
 from .pairs.phases import Phase, phases_of
 from .pairs.selection import fewest, map_kl, mattering, top
 from .pairs.tune import MapJob
+from .passes import Passes
 from .progress import Reporter
-from .run_folder import TRAINED, layer_folder
+from .run_folder import layer_folder
 from .target import Bounds, Cost, bounds_of, cost_of, step1_kl
 from .training import checkpoint
 from .training.checkpoint import Progress
@@ -68,6 +69,7 @@ class Runner:
         self.device = next(sites[0].model.parameters()).device
         self.checkpoint_path = out / "checkpoint.safetensors"
         self.seconds: dict[str, float] = {}
+        self.done_passes = 0
         self._sample: tuple[tuple[int, Split], list[AttentionInputs]] | None = None
 
     # Text
@@ -99,49 +101,44 @@ class Runner:
     def train(self) -> None:
         """Both steps of every layer and variant, as many in one pass as memory holds; leaves their files."""
         saved = checkpoint.load(self.checkpoint_path)
-        begun = self._begun(saved[1]) if saved else []
-        left = [part for part in self._parts() if part in begun or not self._is_trained(part)]
-        if not begun:
-            self._say_need(left)
-        while left:
-            parts = begun or self._passes(left)[0]
-            self._both_steps(parts, saved)
-            left, begun, saved = [part for part in left if part not in parts], [], None
-            if left:  # what is there is all that these leave
-                self.checkpoint_path.unlink()
+        plan = Passes.read(self.out) or Passes([self._parts()] if saved else self._passes())
+        plan.write(self.out)
+        self.seconds = dict(plan.seconds)
+        while plan.done < len(plan.passes):
+            if saved and saved[1].notes.get("pass", 0) != plan.done:  # of one that is done
+                saved = None
+            if len(plan.passes) > 1:
+                self.reporter.message(f"pass {plan.done + 1} of {len(plan.passes)}")
+            self._both_steps(plan, saved)
+            plan.done, plan.seconds, saved = plan.done + 1, self.seconds, None
+            plan.write(self.out)
+            if plan.done < len(plan.passes):  # the last pass's checkpoint stands until the run has ended
+                self.checkpoint_path.unlink(missing_ok=True)
 
     def _parts(self) -> list[Part]:
         return [(layer, name) for layer in self.given or (s.layer for s in self.sites) for name in self.names]
 
-    def _begun(self, at: Progress) -> list[Part]:
-        """What a checkpoint is of."""
-        names = {*at.notes.get("k", ()), *at.notes.get("stopped", ())}
-        return [part for part in self._parts() if job_name(*part) in names]
-
-    def _is_trained(self, part: Part) -> bool:
-        return all((layer_folder(self.out / part[1], part[0]) / name).exists() for name in TRAINED)
-
-    def _passes(self, left: Sequence[Part]) -> list[list[Part]]:
-        """These in passes that fit. Given features are there, and nothing but strengths is trained between them."""
-        return [list(left)] if self.given else self._need().passes(left, free_memory(self.device))
-
-    def _need(self) -> Need:
+    def _passes(self) -> list[list[Part]]:
+        """All parts, in passes that fit; says what they take, where it is much."""
+        parts = self._parts()
+        if self.given:  # they are there, and nothing but strengths is trained between them
+            return [parts]
         names = {name: single.dictionary for name, single in self.names.items()}
-        return Need.of_training(names, {s.layer: s.shape for s in self.sites}, self.config.training, self.device)
-
-    def _say_need(self, left: Sequence[Part]) -> None:
-        """What the trainings take, where that is much."""
-        passes, bytes_ = self._passes(left), 0 if self.given else self._need().of(left)
+        shapes = {site.layer: site.shape for site in self.sites}
+        need = Need.of_training(names, shapes, self.config.training, self.config.data.context, self.device)
+        free, bytes_ = free_memory(self.device), need.of(parts)
+        passes = need.passes(parts, free)
         if len(passes) > 1 or bytes_ > SAID:
-            free = free_memory(self.device)
             said = f"training takes about {bytes_ / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free"
             counts = ", ".join(str(len(one)) for one in passes)
             several = f": {len(passes)} passes over the text, of {counts} pairs of dictionaries"
             self.reporter.message(said + (several if len(passes) > 1 else ""))
+        return passes
 
-    def _both_steps(self, parts: Sequence[Part], saved: tuple[dict[str, Tensor], Progress] | None) -> None:
-        """Both steps of some layers and variants; `saved` is a checkpoint of theirs to go on from."""
-        jobs: list[Any] = self._given_jobs() if self.given else self._step1_jobs(parts)
+    def _both_steps(self, plan: Passes, saved: tuple[dict[str, Tensor], Progress] | None) -> None:
+        """Both steps of the pass that is next; `saved` is a checkpoint of it to go on from."""
+        self.done_passes, parts = plan.done, plan.passes[plan.done]
+        jobs: list[Any] = self._given_jobs(parts) if self.given else self._step1_jobs(parts)
         phases = phases_of(self.config.pairs, target=self.config.target.given)
         order = ["step1", *(p.name for p in phases)]
         reached = order.index(saved[1].phase) if saved else 0
@@ -193,6 +190,7 @@ class Runner:
     def _fit(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
         """Train one phase; `saved` is a checkpoint of this phase to go on from."""
         notes = {
+            "pass": self.done_passes,
             "seconds": self.seconds,
             "stopped": list(stopped),
             "k": {j.name: [j.query.k, j.key.k] for j in jobs},
@@ -270,10 +268,11 @@ class Runner:
                 jobs.append(Step1Job(layer, name, config, query, key))
         return jobs
 
-    def _given_jobs(self) -> list[Job]:
+    def _given_jobs(self, parts: Sequence[Part]) -> list[Job]:
         """Features that are given, of which there is nothing to train."""
         jobs = []
-        for layer, sides in self.given.items():
+        for layer, _ in parts:
+            sides = self.given[layer]
             sample = self.sample(layer, "train", self._sample_tokens())
             self.reporter.message(f"layer {layer}: {in_brief(sides, sample)}")
             jobs.append(Job(layer, "", *sides))
@@ -342,7 +341,7 @@ class Runner:
         samples = (self.sample(job.layer, "train", self._sample_tokens()) for job in jobs)
         live = [firing_features(sample, job.query, job.key) for job, sample in zip(jobs, samples, strict=True)]
         shapes = [(len(q), len(k), self._n_heads(job.layer)) for job, (q, k) in zip(jobs, live, strict=True)]
-        require_memory(shapes, self.device)
+        require_memory(shapes, self.device, others_done=self.done_passes > 0)
         return [self._mask_job(job, firing) for job, firing in zip(jobs, live, strict=True)]
 
     def _next_job(self, job: Job, phase: Phase) -> MapJob:

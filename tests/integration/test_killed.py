@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,61 +148,92 @@ def test_killed_in_a_sweep(killed: Callable[..., Path], moment: Moment) -> None:
     killed(moment, changes={"sweep.recipe": ("default", "seed")})
 
 
+SWEEP = {"sweep.k": (2, 3)}
+ONE, TWO = 0, 1_175_000  # bytes that hold one pair of dictionaries at a time; the two of a layer
+
+
 @pytest.fixture(scope="module")
-def two_passes(models: Callable[[str], Path], source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing disturbed, in memory that holds one layer at a time."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    with free_memory(0):
-        finish(argv(out, models("gpt2"), source, LIGHT))
-    return out
+def in_passes(
+    models: Callable[[str], Path], source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The folder of a run that nothing disturbed, in so much memory; each is made once."""
+
+    @cache
+    def folder(free: int, swept: bool) -> Path:
+        out = tmp_path_factory.mktemp("passes") / "run"
+        with free_memory(free):
+            finish(argv(out, models("gpt2"), source, {**LIGHT, **(SWEEP if swept else {})}))
+        return out
+
+    return folder
 
 
-@pytest.mark.parametrize("memory", [0, None])
+@pytest.mark.parametrize("later", [ONE, None])
 @pytest.mark.parametrize(
-    "moment",
+    ("free", "swept", "moment"),
     [
-        ("open", "layer_0/metrics.jsonl", STEPS + 2),
-        ("os.remove", "checkpoint.safetensors", 1),  # the first pass's
-        ("open", "layer_1/metrics.jsonl", 2),
-        ("open", "layer_1/metrics.jsonl", STEPS + 2),
-        ("os.rename", "layer_1/pairs.parquet", 1),
+        (ONE, False, ("os.rename", "passes.json", 1)),
+        (ONE, False, ("open", "layer_0/metrics.jsonl", STEPS + 2)),
+        (ONE, False, ("os.rename", "passes.json", 2)),  # the first pass is done
+        (ONE, False, ("os.remove", "checkpoint.safetensors", 1)),
+        (ONE, False, ("open", "layer_1/metrics.jsonl", 2)),
+        (ONE, False, ("open", "layer_1/metrics.jsonl", STEPS + 2)),
+        (ONE, False, ("os.rename", "layer_1/pairs.parquet", 1)),
+        (ONE, False, ("os.rename", "passes.json", 3)),  # the second
+        (ONE, False, ("os.rename", "layer_1/report.json", 1)),
+        (ONE, False, ("os.remove", "checkpoint.safetensors", 2)),
+        (ONE, False, ("os.remove", "passes.json", 1)),
+        (TWO, True, ("open", "k3/layer_0/metrics.jsonl", 2)),
+        (TWO, True, ("open", "k2/layer_1/metrics.jsonl", STEPS + 2)),
     ],
 )
-def test_killed_in_one_of_two_passes(
+def test_killed_in_one_of_several_passes(
     words: Callable[..., list[str]],
     call: Callable,
     tmp_path: Path,
-    two_passes: Path,
+    in_passes: Callable[..., Path],
+    free: int,
+    swept: bool,
     moment: Moment,
-    memory: int | None,
+    later: int | None,
 ) -> None:
-    """Where memory holds one layer at a time when it begins; by the time it goes on more may be free."""
-    kill_at(moment, command := words(tmp_path / "run", LIGHT), memory=0)
-    with free_memory(memory):
+    """Whatever is free by the time it goes on, it keeps to its plan; but for one that it had not written down."""
+    planned = moment != ("os.rename", "passes.json", 1)
+    kill_at(moment, command := words(tmp_path / "run", {**LIGHT, **(SWEEP if swept else {})}), free=free)
+    with free_memory(later if planned else free):
         said = call(command)
     assert said.status == 0, said.lines
-    assert tree(tmp_path / "run").keys() == tree(two_passes).keys()
-    for layer in ("layer_0", "layer_1"):
-        require_equal(tmp_path / "run" / layer, two_passes / layer)
+    wanted = in_passes(free, swept)
+    assert tree(tmp_path / "run").keys() == tree(wanted).keys()
+    layers = [path.parent.relative_to(wanted) for path in wanted.rglob("dictionaries.safetensors")]
+    assert len(layers) == (4 if swept else 2)
+    for layer in layers:
+        require_equal(tmp_path / "run" / layer, wanted / layer)
 
 
-def test_two_passes_find_what_one_does(
-    words: Callable[..., list[str]], undisturbed: Callable[..., Path], two_passes: Path
+def test_several_passes_find_what_one_does(
+    words: Callable[..., list[str]], undisturbed: Callable[..., Path], in_passes: Callable[..., Path]
 ) -> None:
     """Up to rounding: a layer that nobody reads takes another kernel."""
-    require_like(two_passes, undisturbed(words, LIGHT, "gpt2"))
+    require_like(in_passes(ONE, False), undisturbed(words, LIGHT, "gpt2"))
 
 
 def test_passes_are_said_beforehand(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:
-    with free_memory(10**9):
-        said = call(words(tmp_path / "one", {"training.tokens": 200, "pairs.method": "importance"}))
-        assert said.status == 0 and not any("beside the model" in line for line in said.lines)
-    with free_memory(10**8):
-        changes = {"training.tokens": 200, "pairs.method": "importance", "sweep.k": (2, 3)}
-        said = call(words(tmp_path / "two", changes))
-    (line,) = (line for line in said.lines if line.startswith("training takes about 0.6 GB beside the model"))
-    assert line.endswith("0.1 GB are free: 4 passes over the text, of 1, 1, 1, 1 pairs of dictionaries")
-    assert said.status == 0 and len(list((tmp_path / "two").rglob("layer_?/report.json"))) == 4
+    short = {"training.tokens": 200, "pairs.method": "importance"}
+    for free, changes, passes in ((10**9, {}, ""), (ONE, {}, "2 passes over the text, of 1, 1"), (TWO, SWEEP, "2, 2")):
+        with free_memory(free):
+            said = call(words(tmp_path / f"{free}", {**short, **changes}))
+        assert said.status == 0
+        beside = [line for line in said.lines if line.startswith("training takes about")]
+        assert len(beside) == bool(passes) and all(f"{passes} pairs of dictionaries" in line for line in beside)
+        assert ("pass 2 of 2" in said.lines) == bool(passes)
+
+
+def test_a_damaged_plan_is_said(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:
+    kill_at(("os.remove", "checkpoint.safetensors", 1), command := words(tmp_path / "run", LIGHT), free=ONE)
+    (tmp_path / "run" / "passes.json").write_text('{"passes": 3}')
+    said = call(command)
+    assert said.status == 2 and said.lines[-1].startswith(f"qkscope: {tmp_path / 'run' / 'passes.json'} is damaged; ")
 
 
 def test_a_text_changed_in_between_is_refused(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:

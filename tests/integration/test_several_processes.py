@@ -30,20 +30,20 @@ STEPS = 4  # of step 1
 Words = Callable[..., list[str]]
 
 
-def command(words: list[str], moment: Moment | None, memory: int | None) -> None:
+def command(words: list[str], moment: Moment | None, free: int | None) -> None:
     """Give a command; the first process is killed just before the moment, and told that so much memory is free."""
     if moment and os.environ["RANK"] == "0":
         small_runs.die_at(moment)
-    with small_constants(), free_memory(memory):
+    with small_constants(), free_memory(free):
         main(words)
 
 
 def start(
-    words: list[str], folder: Path, size: int = 2, moment: Moment | None = None, memory: int | None = None
+    words: list[str], folder: Path, size: int = 2, moment: Moment | None = None, free: int | None = None
 ) -> list[Any]:
     """A command in several processes (1: in this one); their exit codes."""
     if size > 1:
-        return processes.start(size, command, folder, words, moment, memory)
+        return processes.start(size, command, folder, words, moment, free)
     finish(words)
     return [0]
 
@@ -97,7 +97,7 @@ def test_two_processes_find_what_one_does_otherwise(
 
 
 def test_two_processes_take_several_passes_where_memory_is_short(by_two: Path, words: Words, tmp_path: Path) -> None:
-    assert start(words(tmp_path / "run"), tmp_path, memory=0) == [0, 0], processes.said(tmp_path, 2)
+    assert start(words(tmp_path / "run"), tmp_path, free=0) == [0, 0], processes.said(tmp_path, 2)
     assert any("2 passes over the text, of 1, 1 pairs" in line for line in processes.said(tmp_path, 2))
     require_like(tmp_path / "run", by_two)
 

@@ -22,14 +22,22 @@ SHAPE = {"D": 12, "N": 4, "G": 2, "H": 3}
 def test_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert 1 << 20 < free_memory(CPU) < 1 << 50
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert 1 << 20 < free_memory(CPU) < 1 << 50  # where there is no such file
     memory.MEMINFO.write_text("MemTotal: 16000 kB\nMemFree: 100 kB\nMemAvailable: 9000 kB\nCached: 8900 kB\n")
     assert free_memory(CPU) == 9000 * 1024
+    for name, value in (("max", "max"), ("current", "3000000"), ("stat", "anon 1\ninactive_file 500000\n")):
+        (tmp_path / f"memory.{name}").write_text(value)
+    assert free_memory(CPU) == 9000 * 1024  # no limit
+    (tmp_path / "memory.max").write_text("7000000")
+    assert free_memory(CPU) == 7_000_000 - 3_000_000 + 500_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun says
+    assert free_memory(CPU) == 4_500_000 // 2
 
 
 def test_dictionaries_are_counted_with_gradients_and_moments() -> None:
     config = DictionaryConfig(width=40, width_key=30)
-    need = Need.of_training({"": config}, {7: SHAPE}, TrainingConfig(), CPU)
+    need = Need.of_training({"": config}, {7: SHAPE}, TrainingConfig(), 64, CPU)
     sides = [SparseTranscoder(12, width, outputs, "batchtopk", 4) for width, outputs in ((40, 12), (30, 6))]
     held = 0
     for side in sides:
@@ -43,19 +51,25 @@ def test_dictionaries_are_counted_with_gradients_and_moments() -> None:
 
 
 def test_batches_that_are_held_are_counted() -> None:
-    names = {"a": DictionaryConfig(width=40), "b": DictionaryConfig(width=400)}
+    names = {
+        name: DictionaryConfig(width=width, k=1, activation="batchtopk") for name, width in (("a", 40), ("b", 400))
+    }
     once, held = (
         Need.of_training(
-            names, {0: SHAPE, 1: SHAPE}, TrainingConfig(batch_tokens=100, reuse=reuse, held_batches=5), CPU
+            names, {0: SHAPE, 1: SHAPE}, TrainingConfig(batch_tokens=100, reuse=reuse, held_batches=5), 64, CPU
         )
         for reuse in (1, 2)
     )
-    assert once.harvest == {0: 4 * 100 * (12 + 12 + 6), 1: 4 * 100 * (12 + 12 + 6)}
-    assert {layer: bytes_ / 5 for layer, bytes_ in held.harvest.items()} == once.harvest
+    batch = 4 * 100 * (12 + 12 + 2 * 6)
+    assert once.harvest == {0: 2 * batch, 1: 2 * batch} and held.harvest == {0: 6 * batch, 1: 6 * batch}
+    assert once.step == memory.STEP + 4 * 100 * memory.PATTERNS * 64 * 4
     parts: list[Part] = [(0, "a"), (0, "b"), (1, "a")]
     assert once.of(parts) == once.step + 2 * once.harvest[0] + 2 * once.dictionaries[0, "a"] + once.dictionaries[0, "b"]
-    gpu = Need.of_training(names, {0: SHAPE}, TrainingConfig(batch_tokens=100), CUDA)
+    gpu = Need.of_training(names, {0: SHAPE}, TrainingConfig(batch_tokens=100), 64, CUDA)
     assert gpu.step - once.step == 4 * memory.DENSE * 100 * 400
+    dense = {"c": DictionaryConfig(width=50, activation="relu"), **names}
+    relu = Need.of_training(dense, {0: SHAPE}, TrainingConfig(batch_tokens=100), 64, CPU)
+    assert relu.step - once.step == 4 * memory.DENSE * 100 * 50
 
 
 @settings(max_examples=200, deadline=None)

@@ -39,13 +39,11 @@ def shortfall(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> s
     return f"{masks} {need / 2**30:.1f} GiB to train and {free / 2**30:.1f} GiB are free"
 
 
-def require_memory(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> None:
-    """`UserError` where the masks of these live features can't fit."""
+def require_memory(shapes: Sequence[tuple[int, int, int]], device: torch.device, *, others_done: bool = False) -> None:
+    """`UserError` where the masks of these live features can't fit; `others_done`: other layers of the run have one."""
     if said := shortfall(shapes, device):
-        raise UserError(
-            f"--pairs.method mask: {said}; use --pairs.method tune, which needs no dense tensor "
-            "(step 1 is kept: the same --out goes on from there)"
-        )
+        how = "with another --out" if others_done else "(step 1 is kept: the same --out goes on from there)"
+        raise UserError(f"--pairs.method mask: {said}; use --pairs.method tune, which needs no dense tensor {how}")
 
 
 def masked_scores(

@@ -26,7 +26,7 @@ from ..rotary import swap
 from .objective import PatternTarget
 
 TINY = 1e-8  # under a root, where a feature fires on a single token
-DRAWN = 512  # features of a side that a step looks at: of what it does beside the model a twentieth, at 768 wide
+DRAWN = 512  # features of a side that a step looks at; a twentieth of its operations, at GPT-2 small's shape
 
 Triples = tuple[Tensor, Tensor, Tensor]  # query features, key features and heads of some pairs, int64 [P] each
 

@@ -114,8 +114,8 @@ class ModelStream:
 class Reused:
     """A stream whose batches come `times` each: `held` of them at a time, one after the other, again and again.
 
-    The model runs once for all of these steps. Batches end with the one that reaches `tokens`. The place to go back to
-    is where the held batches begin, and how many have been handed out since; they are harvested anew.
+    The model runs once for all of these steps. No more are held than it takes to have harvested `tokens`. The place to
+    go back to is where the held batches begin, and how many have been handed out since; they are harvested anew.
     """
 
     def __init__(self, stream: Stream, times: int, held: int, tokens: float) -> None:

@@ -60,7 +60,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"load of the machine meanwhile: {', '.join(f'{load:.1f}' for load in found['load'])}"
     yield (
         f"s: median of {shape['repeats']} repeats in turns, seconds of the {machine['seconds_are']}, as for rates and "
-        "ratios; steps with their harvest"
+        "ratios; steps with their harvest (reuse: so many on each of 2 batches)"
     )
     yield ""
     yield HEAD

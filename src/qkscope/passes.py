@@ -1,0 +1,46 @@
+"""Which layers and variants share a pass over the text: as many as fit in memory, decided once.
+
+Where that takes several passes, the plan stands in passes.json from before the first one until the run has ended. A
+layer's last bits depend on which others are read beside it, so a run that goes on keeps to its plan, however much
+memory is free by then.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .errors import UserError
+from .files import write_json
+from .memory import Part
+
+FILE = "passes.json"
+
+
+@dataclass
+class Passes:
+    """The plan, and how far it is."""
+
+    passes: list[list[Part]]
+    done: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each phase, in the passes that are done."""
+
+    @classmethod
+    def read(cls, out: Path) -> Passes | None:
+        """The plan that stands in a run's folder; `UserError` for one that is damaged."""
+        path = out / FILE
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            passes = [[(int(layer), str(name)) for layer, name in one] for one in values["passes"]]
+            return cls(passes, values["done"], values["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged; remove it and checkpoint.safetensors to begin the run anew") from None
+
+    def write(self, out: Path) -> None:
+        """One pass needs no file: it is done or it is not."""
+        if len(self.passes) > 1:
+            write_json(out / FILE, asdict(self))
