@@ -8,14 +8,27 @@ memory is free by then.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .errors import UserError
 from .files import write_json
-from .memory import Part
+from .memory import Need, Part
 
 FILE = "passes.json"
+SAID = 2e9  # bytes of training beside the model from which on a person is told
+
+
+def that_fit(parts: Sequence[Part], need: Need, free: int, say: Callable[[str], None]) -> list[list[Part]]:
+    """The parts in passes that fit in `free` bytes; what they take is said where it is much."""
+    passes, bytes_ = need.passes(parts, free), need.of(parts)
+    if len(passes) > 1 or bytes_ > SAID:
+        said = f"training takes about {bytes_ / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free"
+        counts = ", ".join(str(len(one)) for one in passes)
+        several = f": {len(passes)} passes over the text, of {counts} pairs of dictionaries"
+        say(said + (several if len(passes) > 1 else ""))
+    return passes
 
 
 @dataclass

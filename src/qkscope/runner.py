@@ -30,7 +30,7 @@ from .pairs.pair_map import Pairs, rows, weight_strength
 from .pairs.phases import Phase, phases_of
 from .pairs.selection import fewest, map_kl, mattering, top
 from .pairs.tune import MapJob
-from .passes import Passes
+from .passes import Passes, that_fit
 from .progress import Reporter
 from .run_folder import layer_folder
 from .target import Bounds, Cost, bounds_of, cost_of, step1_kl
@@ -44,7 +44,6 @@ from .training.step1 import Step1Job
 from .training.stream import ModelStream, harvest_finite
 
 START_TOKENS = 8192  # training tokens that a start is fitted to
-SAID = 2e9  # bytes of training beside the model from which on a person is told
 STEER_TOKENS = 4096  # validation tokens on which a bound on cross-entropy becomes one on KL
 
 
@@ -119,21 +118,14 @@ class Runner:
         return [(layer, name) for layer in self.given or (s.layer for s in self.sites) for name in self.names]
 
     def _passes(self) -> list[list[Part]]:
-        """All parts, in passes that fit; says what they take, where it is much."""
+        """All parts, in passes that fit."""
         parts = self._parts()
         if self.given:  # they are there, and nothing but strengths is trained between them
             return [parts]
         names = {name: single.dictionary for name, single in self.names.items()}
         shapes = {site.layer: site.shape for site in self.sites}
         need = Need.of_training(names, shapes, self.config.training, self.config.data.context, self.device)
-        free, bytes_ = free_memory(self.device), need.of(parts)
-        passes = need.passes(parts, free)
-        if len(passes) > 1 or bytes_ > SAID:
-            said = f"training takes about {bytes_ / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free"
-            counts = ", ".join(str(len(one)) for one in passes)
-            several = f": {len(passes)} passes over the text, of {counts} pairs of dictionaries"
-            self.reporter.message(said + (several if len(passes) > 1 else ""))
-        return passes
+        return that_fit(parts, need, free_memory(self.device), self.reporter.message)
 
     def _both_steps(self, plan: Passes, saved: tuple[dict[str, Tensor], Progress] | None) -> None:
         """Both steps of the pass that is next; `saved` is a checkpoint of it to go on from."""
