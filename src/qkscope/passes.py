@@ -1,8 +1,8 @@
 """Which layers and variants share a pass over the text: as many as fit in memory, decided once.
 
-Where that takes several passes, the plan stands in passes.json from before the first one until the run has ended. A
-layer's last bits depend on which others are read beside it, so a run that goes on keeps to its plan, however much
-memory is free by then.
+The plan stands in passes.json from before the first pass until the run has ended. A layer's last bits depend on which
+others are read beside it, so a run that goes on keeps to its plan, however much memory is free by then. And what a
+layer's folder holds before its pass is done is not what the pass ends with, be there a checkpoint or not.
 """
 
 from __future__ import annotations
@@ -54,6 +54,4 @@ class Passes:
             raise UserError(f"{path} is damaged; remove it and checkpoint.safetensors to begin the run anew") from None
 
     def write(self, out: Path) -> None:
-        """One pass needs no file: it is done or it is not."""
-        if len(self.passes) > 1:
-            write_json(out / FILE, asdict(self))
+        write_json(out / FILE, asdict(self))

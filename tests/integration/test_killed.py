@@ -264,6 +264,21 @@ def test_a_damaged_checkpoint_is_said(words: Callable[..., list[str]], call: Cal
     assert call(command).status == 0
 
 
+def test_maps_of_a_run_that_is_begun_anew_are_not_its_last(
+    words: Callable[..., list[str]], call: Callable, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    """Under a target every stage leaves what it has; without its checkpoint that is nothing to go on from."""
+    changes = {**LIGHT, "target.max-kl": 1.2}
+    command = words(tmp_path / "run", changes)
+    kill_at(("open", "layer_0/metrics.jsonl", STEPS + 2 * TUNE_STEPS + 1), command)
+    assert len(list((tmp_path / "run").rglob("pairs.parquet"))) == 2
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    said = call(command)
+    assert said.status == 0 and any(line.startswith("step1 layer 0") for line in said.lines), said.lines
+    for layer in ("layer_0", "layer_1"):
+        require_equal(tmp_path / "run" / layer, undisturbed(words, changes, "gpt2") / layer)
+
+
 def test_interrupted(words: Callable[..., list[str]], tmp_path: Path) -> None:
     """A real process: Ctrl-C is said in one line, and a SIGKILL from outside leaves something to go on from."""
     command = words(tmp_path / "run", {"layers": 0, "training.tokens": 400_000})
