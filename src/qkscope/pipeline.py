@@ -25,11 +25,19 @@ from .files import remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
 from .models import load_model, number_of_layers
 from .progress import Reporter
-from .run_folder import claimed, layer_folder, plain, recorded, require_same, unfinished, variants, write_config
+from .run_folder import (
+    TRAINED,
+    claimed,
+    layer_folder,
+    plain,
+    recorded,
+    require_same,
+    unfinished,
+    variants,
+    write_config,
+)  # fmt: skip
 from .runner import Runner
 from .target import require_target
-
-TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 
 
 @dataclass

@@ -25,6 +25,8 @@ from .files import disk_errors, write_text
 from .training import checkpoint
 from .training.recipes import resolved
 
+TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
+
 # What may differ between the command that began a run and the one that goes on with it.
 FREE = {"training.device", "training.checkpoint_steps", "training.log_steps"}
 # What else may until step 2 has begun. (Step 1 depends on `importance_tokens`: its starts are fitted to that sample.)

@@ -32,7 +32,7 @@ from .pairs.selection import fewest, map_kl, mattering, top
 from .pairs.tune import MapJob
 from .passes import Passes, that_fit
 from .progress import Reporter
-from .run_folder import layer_folder
+from .run_folder import TRAINED, layer_folder
 from .target import Bounds, Cost, bounds_of, cost_of, step1_kl
 from .training import checkpoint
 from .training.checkpoint import Progress
@@ -101,6 +101,8 @@ class Runner:
         """Both steps of every layer and variant, as many in one pass as memory holds; leaves their files."""
         saved = checkpoint.load(self.checkpoint_path)
         plan = Passes.read(self.out) or Passes([self._parts()] if saved else self._passes())
+        lost = [n for n, parts in enumerate(plan.passes[: plan.done]) if not all(map(self._is_trained, parts))]
+        plan.done = min([plan.done, *lost])
         plan.write(self.out)
         self.seconds = dict(plan.seconds)
         while plan.done < len(plan.passes):
@@ -116,6 +118,9 @@ class Runner:
 
     def _parts(self) -> list[Part]:
         return [(layer, name) for layer in self.given or (s.layer for s in self.sites) for name in self.names]
+
+    def _is_trained(self, part: Part) -> bool:
+        return all((layer_folder(self.out / part[1], part[0]) / name).exists() for name in TRAINED)
 
     def _passes(self) -> list[list[Part]]:
         """All parts, in passes that fit."""

@@ -211,6 +211,26 @@ def test_killed_in_one_of_several_passes(
         require_equal(tmp_path / "run" / layer, wanted / layer)
 
 
+@pytest.mark.parametrize("layer", ["layer_0", "layer_1"])
+@pytest.mark.parametrize("free", [ONE, None])
+def test_a_file_lost_after_its_pass_is_made_again(
+    words: Callable[..., list[str]],
+    call: Callable,
+    tmp_path: Path,
+    undisturbed: Callable[..., Path],
+    in_passes: Callable[..., Path],
+    free: int | None,
+    layer: str,
+) -> None:
+    kill_at(("os.rename", "layer_1/report.json", 1), command := words(tmp_path / "run", LIGHT), free=free)
+    (tmp_path / "run" / layer / "pairs.parquet").unlink()
+    said = call(command)
+    assert said.status == 0, said.lines
+    wanted = undisturbed(words, LIGHT, "gpt2") if free is None else in_passes(free, False)
+    for name in ("layer_0", "layer_1"):
+        require_equal(tmp_path / "run" / name, wanted / name)
+
+
 def test_several_passes_find_what_one_does(
     words: Callable[..., list[str]], undisturbed: Callable[..., Path], in_passes: Callable[..., Path]
 ) -> None:
