@@ -35,7 +35,7 @@ from .run_folder import (
     unfinished,
     variants,
     write_config,
-)  # fmt: skip
+)
 from .runner import Runner
 from .target import require_target
 
