@@ -99,7 +99,8 @@ def require_same(out: Path, config: RunConfig) -> bool:
         if strangers:
             raise UserError(f"--out {out}: holds {strangers[0]!r} and no qkscope run; choose another --out")
         return False
-    there, here = _flat(read_run(out)["run"]), _flat(plain(config))
+    # An option that there was not yet when the run began has its default: what runs did then.
+    there, here = (_flat(plain(one)) for one in (build(read_run(out)["run"], str(out / "config.yaml")), config))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key) and key not in FREE:
             if key in FREE_AFTER_STEP1 and _before_step2(out):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import small_runs
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import read_json, report_of, tree
 from torch import Tensor
@@ -207,6 +208,20 @@ def test_given_again(run: Callable[..., Path], words: Callable[..., list[str]], 
         assert said.status == 0
         assert said.lines == [f"{out} is already finished; its report is {out / 'report.html'}"]
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.rglob("*")} == before
+
+
+def test_a_run_of_before_an_option_is_the_same_run(
+    run: Callable[..., Path], words: Callable[..., list[str]], call: Callable
+) -> None:
+    changes = {"layers": 0, "pairs.method": "importance", "training.seed": 7}
+    out = run(changes)
+    path = out / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["run"]["training"]["reuse"], values["run"]["training"]["held_batches"]
+    path.write_text(yaml.safe_dump(values))
+    said = call(words(out, changes))
+    assert said.status == 0 and "is already finished" in said.lines[-1]
+    call(words(out, {**changes, "training.reuse": 2})).complaint("training.reuse is 1 there, 2 here")
 
 
 def test_a_lost_report_is_made_anew(run: Callable[..., Path], words: Callable[..., list[str]], call: Callable) -> None:
