@@ -45,7 +45,7 @@ def _free_of_container() -> int:
     with suppress(OSError, ValueError):
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         lines = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return limit - used + next(int(size) for name, size in lines if name == "inactive_file")
+        return limit - used + next((int(size) for name, size in lines if name == "inactive_file"), 0)
     return 1 << 62
 
 

@@ -21,7 +21,7 @@ class Harvests(Protocol):
 
 
 class Steps:
-    """Jobs on harvests; `done`: the share of the training that the learning rate is taken at; `turn`: steps a turn."""
+    """Jobs on harvests; `done`: the share of the training that the learning rate is taken at; `turn`: steps of `take`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Steps:
         self.config = TrainingConfig()
 
     def take(self) -> None:
-        """The steps of one turn."""
+        """`turn` steps."""
         for _ in range(self.turn):
             self.step()
 
