@@ -21,7 +21,7 @@ class Harvests(Protocol):
 
 
 class Steps:
-    """Jobs on harvests; `done`: the share of the training that the learning rate is taken at; `turn`: steps of `take`."""
+    """Jobs on harvests; `done`: the share of training that the rate is taken at; `turn`: steps that `take` takes."""
 
     def __init__(
         self,
