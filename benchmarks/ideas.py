@@ -36,7 +36,7 @@ from qkscope.evaluate.quality.report import SIZES, kl_of, row_line
 from qkscope.kernels.mostly_zero import MostlyZero
 from qkscope.kernels.row_kl import exp
 from qkscope.training.objective import PatternTarget
-from qkscope.training.start import SideStatistics, _fit_gain
+from qkscope.training.start import FIT_TOKENS, SideStatistics, _fit_gain
 from qkscope.training.step1 import Step1Job
 from qkscope.training.stream import Harvest, ModelStream
 
@@ -171,7 +171,7 @@ def started(job: Step1Job, idea: str, statistics: dict[str, SideStatistics]) -> 
             t.A_Dr, t.B_rM = nn.Parameter(s.projection_DM @ right[:RANK].T), nn.Parameter(right[:RANK].clone())
             t.W_dec.copy_(t.W_enc.T @ (s.projection_DM - t.A_Dr @ t.B_rM))
         if idea in ("k-means", "whitened"):
-            _fit_gain(t.train(), s.x_nD, s.out_nM)
+            _fit_gain(t.train(), s.x_nD[:FIT_TOKENS], s.out_nM[:FIT_TOKENS])
 
 
 @torch.no_grad()

@@ -31,6 +31,11 @@ CALIBRATION_TOKENS = 2048
 JUMP_BANDWIDTH = 0.05  # width of the straight-through estimate, relative to the threshold
 
 
+def chooses_few(activation: Activation | None, k: float, width: int) -> bool:
+    """Whether so few features are active in training that, on a CPU, activations are not written with their zeros."""
+    return activation == "batchtopk" and k <= SHARE * width
+
+
 class SparseTranscoder(nn.Module):
     """One dictionary: float32 `W_enc [D, F]`, `W_dec [F, M]`, biases `b_in [D]`, `b_enc [F]`, `b_out [M]`."""
 
@@ -115,8 +120,7 @@ class SparseTranscoder(nn.Module):
         return self.activate(pre_nF), pre_nF
 
     def _chooses_few(self, x_nD: Tensor) -> bool:
-        few = self.training and self.activation == "batchtopk" and self.k <= SHARE * self.width
-        return few and x_nD.device.type == "cpu"
+        return self.training and x_nD.device.type == "cpu" and chooses_few(self.activation, self.k, self.width)
 
     def _batch_topk(self, x_nD: Tensor) -> MostlyZero:
         """What `activate` chooses, from those above half the running threshold where these are enough."""

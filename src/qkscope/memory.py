@@ -12,13 +12,15 @@ import torch
 
 from . import parallel
 from .config import DictionaryConfig, TrainingConfig
-from .kernels.mostly_zero import SHARE
+from .dictionary import CALIBRATION_TOKENS, chooses_few
+from .training.start import FIT_ELEMENTS, FIT_TOKENS
 
 COPIES = 4  # of what is trained: itself, its gradient and Adam's two moments
 USED = 0.8  # share of what is free that trainings are planned to take
 STEP = 500 << 20  # bytes of the step at hand: a block of the model, the KL's blocks, entries that are not zero
 PATTERNS = 4  # of a layer that is read and has another one above it: scores, masked, their logarithm, the pattern
 DENSE = 8  # matrices [tokens, features], activations and gradients with their zeros, where these are written down
+AT_START, AT_END = 6, 4  # as many, without gradients: when a start's gain is fitted, when thresholds are calibrated
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 Part = tuple[int, str]  # a layer, and a variant of a sweep ('' without one)
@@ -55,9 +57,9 @@ class Need:
 
     dictionaries: dict[Part, int]
     harvest: dict[int, int]
-    """Of each layer: the inputs, queries and keys of the batches that are held."""
+    """Of each layer: inputs, queries, keys and values of the batches that are held."""
     step: int
-    """What a step takes for itself, of the largest dictionary."""
+    """What a step takes for itself, or what comes before the first and after the last, of the largest dictionary."""
 
     @classmethod
     def of_training(
@@ -76,10 +78,14 @@ class Need:
                 numbers = sum(width * (d + outputs + 1) + d + outputs for width, outputs in sides)
                 dictionaries[layer, name] = 4 * COPIES * numbers
         patterns = PATTERNS * context * max(shape["N"] for shape in shapes.values())
-        widths = [max(one.width, one.key_width) for one in names.values() if device.type == "cuda" or not _is_few(one)]
-        dense = DENSE * max(widths, default=0)
+        sides = [(one, *side) for one in names.values() for side in ((one.k, one.width), (one.key_k, one.key_width))]
+        with_zeros = [w for one, k, w in sides if device.type == "cuda" or not chooses_few(one.activation, k, w)]
+        dense = DENSE * max(with_zeros, default=0)
+        width = max(w for _, _, w in sides)
+        beside = max(AT_START * min(FIT_TOKENS * width, FIT_ELEMENTS), AT_END * CALIBRATION_TOKENS * width)
         summed = max(dictionaries.values()) // COPIES if parallel.size() > 1 else 0  # gradients in one piece
-        return cls(dictionaries, harvest, STEP + 4 * config.batch_tokens * (patterns + dense) + summed)
+        step = STEP + 4 * config.batch_tokens * (patterns + dense) + summed
+        return cls(dictionaries, harvest, max(step, 4 * beside))
 
     def of(self, parts: Collection[Part]) -> int:
         """What these take in one pass."""
@@ -95,8 +101,3 @@ class Need:
             else:
                 passes.append([part])
         return passes
-
-
-def _is_few(config: DictionaryConfig) -> bool:
-    """Whether no zeros of activations are written down on a CPU (dictionary.py: `fire`)."""
-    return config.activation == "batchtopk" and max(config.k / config.width, config.key_k / config.key_width) <= SHARE

@@ -117,7 +117,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
             runner.train()
         parallel.leave()  # what is left to do takes one process
         evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
-        for path in unfinished(out):
+        for path in unfinished(out):  # the plan last: it says that all passes are done
             path.unlink()
         reporter.message(f"report: {out / 'report.html'}")
     return finished

@@ -82,7 +82,7 @@ def owner(folder: Path) -> Path:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What is there to go on from."""
+    """What is there to go on from: the checkpoint of a pass, and the plan of them all."""
     return [path for name in ("checkpoint.safetensors", passes.FILE) if (path := folder / name).exists()]
 
 

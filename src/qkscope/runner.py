@@ -68,7 +68,7 @@ class Runner:
         self.device = next(sites[0].model.parameters()).device
         self.checkpoint_path = out / "checkpoint.safetensors"
         self.seconds: dict[str, float] = {}
-        self.done_passes = 0
+        self.plan = Passes([])
         self._sample: tuple[tuple[int, Split], list[AttentionInputs]] | None = None
 
     # Text
@@ -100,7 +100,7 @@ class Runner:
     def train(self) -> None:
         """Both steps of every layer and variant, as many in one pass as memory holds; leaves their files."""
         saved = checkpoint.load(self.checkpoint_path)
-        plan = Passes.read(self.out) or Passes([self._parts()] if saved else self._passes())
+        plan = self.plan = Passes.read(self.out) or Passes([self._parts()] if saved else self._passes())
         lost = [n for n, parts in enumerate(plan.passes[: plan.done]) if not all(map(self._is_trained, parts))]
         plan.done = min([plan.done, *lost])
         plan.write(self.out)
@@ -110,7 +110,7 @@ class Runner:
                 saved = None
             if len(plan.passes) > 1:
                 self.reporter.message(f"pass {plan.done + 1} of {len(plan.passes)}")
-            self._both_steps(plan, saved)
+            self._both_steps(plan.passes[plan.done], saved)
             plan.done, plan.seconds, saved = plan.done + 1, self.seconds, None
             plan.write(self.out)
             if plan.done < len(plan.passes):  # the last pass's checkpoint stands until the run has ended
@@ -132,9 +132,8 @@ class Runner:
         need = Need.of_training(names, shapes, self.config.training, self.config.data.context, self.device)
         return that_fit(parts, need, free_memory(self.device), self.reporter.message)
 
-    def _both_steps(self, plan: Passes, saved: tuple[dict[str, Tensor], Progress] | None) -> None:
-        """Both steps of the pass that is next; `saved` is a checkpoint of it to go on from."""
-        self.done_passes, parts = plan.done, plan.passes[plan.done]
+    def _both_steps(self, parts: Sequence[Part], saved: tuple[dict[str, Tensor], Progress] | None) -> None:
+        """Both steps of one pass; `saved` is a checkpoint of it to go on from."""
         jobs: list[Any] = self._given_jobs(parts) if self.given else self._step1_jobs(parts)
         phases = phases_of(self.config.pairs, target=self.config.target.given)
         order = ["step1", *(p.name for p in phases)]
@@ -187,7 +186,7 @@ class Runner:
     def _fit(self, phase: str, jobs: Sequence[Job], tokens: int, saved: Any, stopped: Sequence[str] = ()) -> None:
         """Train one phase; `saved` is a checkpoint of this phase to go on from."""
         notes = {
-            "pass": self.done_passes,
+            "pass": self.plan.done,
             "seconds": self.seconds,
             "stopped": list(stopped),
             "k": {j.name: [j.query.k, j.key.k] for j in jobs},
@@ -338,7 +337,7 @@ class Runner:
         samples = (self.sample(job.layer, "train", self._sample_tokens()) for job in jobs)
         live = [firing_features(sample, job.query, job.key) for job, sample in zip(jobs, samples, strict=True)]
         shapes = [(len(q), len(k), self._n_heads(job.layer)) for job, (q, k) in zip(jobs, live, strict=True)]
-        require_memory(shapes, self.device, others_done=self.done_passes > 0)
+        require_memory(shapes, self.device, others_done=self.plan.done > 0)
         return [self._mask_job(job, firing) for job, firing in zip(jobs, live, strict=True)]
 
     def _next_job(self, job: Job, phase: Phase) -> MapJob:

@@ -72,6 +72,12 @@ def test_batches_that_are_held_are_counted() -> None:
     assert relu.step - once.step == 4 * memory.DENSE * 100 * 50
 
 
+def test_what_comes_before_and_after_the_steps_of_a_wide_dictionary_is_counted() -> None:
+    wide = {"": DictionaryConfig(width=60_000, k=1, activation="batchtopk")}
+    need = Need.of_training(wide, {0: SHAPE}, TrainingConfig(batch_tokens=100), 64, CPU)
+    assert need.step == 4 * memory.AT_END * 2048 * 60_000  # 1,966 MB; measured: 1,977
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12),

@@ -10,6 +10,7 @@ from layers import LAYERS, close, slow_kl_rows, slow_pattern_of, slow_scores, so
 from torch import Tensor
 
 from qkscope.config import Activation, DictionaryConfig, TrainingConfig
+from qkscope.dictionary import SparseTranscoder
 from qkscope.pattern import AttentionInputs
 from qkscope.training.recipes import resolved
 from qkscope.training.start import label_seed, score_metrics, side_statistics, slopes, start
@@ -206,6 +207,21 @@ def test_what_each_activation_starts_with(activation: Activation) -> None:
         assert l0 == pytest.approx(8, rel=0.02)  # its thresholds start where L0 is k
     else:
         assert torch.all(t.threshold == 0)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_a_wide_dictionary_is_fitted_to_fewer_tokens(activation: Activation, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[int, ...]] = []
+    pre = SparseTranscoder.pre
+    monkeypatch.setattr(SparseTranscoder, "pre", lambda t, x: (written.append((len(x), t.width)), pre(t, x))[1])
+    whole = some_start(activation=activation, width=20)[0]
+    assert written and set(written) == {(360, 20)}  # all there are
+    written.clear()
+    monkeypatch.setattr("qkscope.training.start.FIT_ELEMENTS", 2000)
+    few = some_start(activation=activation, width=20)[0]
+    assert written and set(written) == {(100, 20)}
+    assert not torch.equal(few.W_dec, whole.W_dec)
+    torch.testing.assert_close(few.W_dec, whole.W_dec, rtol=0.3, atol=1e-6)  # the same up to a gain that is near
 
 
 def test_a_start_depends_on_its_label_and_seed_alone() -> None:

@@ -22,6 +22,7 @@ from ..pattern import AttentionInputs, PatternRule
 from .objective import PatternTarget
 
 JITTER = 0.2
+FIT_TOKENS, FIT_ELEMENTS = 4096, 1 << 25  # of the activations that a gain or threshold is fitted to: the lesser of both
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ def start(config: DictionaryConfig, side: str, statistics: SideStatistics, label
         if config.norm == "score":
             transcoder.set_metric(statistics.metric_NHH)
         transcoder.train()
+        few = max(min(FIT_TOKENS, FIT_ELEMENTS // width), 1)  # a wide dictionary's activations of all would be GBs
         if config.start != "kaiming":
-            _fit_gain(transcoder, x, out)
+            _fit_gain(transcoder, x[:few], out[:few])
         if config.activation == "jumprelu":
-            sizes = transcoder.pre(x[:4096]).relu() * transcoder.norms()
+            sizes = transcoder.pre(x[:few]).relu() * transcoder.norms()
             count = max(round(k * len(sizes)), 1)
             transcoder.threshold.fill_(sizes.flatten().kthvalue(max(sizes.numel() - count, 1)).values)
         elif config.activation == "batchtopk":
@@ -155,8 +157,8 @@ def _directions(x_nD: Tensor, width: int, generator: torch.Generator, share: flo
 
 def _fit_gain(transcoder: SparseTranscoder, x_nD: Tensor, out_nM: Tensor) -> None:
     """Scale the decoder so that its sum fits the centred outputs best: random directions overlap, and overshoot."""
-    moved = transcoder.encode(x_nD[:4096]) @ transcoder.W_dec
-    centred = out_nM[:4096] - transcoder.b_out
+    moved = transcoder.encode(x_nD) @ transcoder.W_dec
+    centred = out_nM - transcoder.b_out
     gain = (moved * centred).sum() / moved.square().sum().clamp(min=1e-12)
     transcoder.W_dec.mul_(gain.clamp(min=1e-3))
 
