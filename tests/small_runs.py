@@ -78,7 +78,8 @@ def free_memory(bytes_: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if bytes_ is not None:
             patch.setattr(runner, "free_memory", lambda device: bytes_)
-            patch.setattr(memory, "STEP", 0)
+            for name in ("STEP", "AT_START", "AT_END"):
+                patch.setattr(memory, name, 0)
         yield
 
 
