@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import memory, runner
+from qkscope import jobs, memory, runner
 from qkscope.cli import main
 from qkscope.evaluate import report
 
@@ -67,7 +67,7 @@ def argv(out: Path, model: Path | str, source: Path | None, changes: dict[str, A
 def small_constants() -> Iterator[None]:
     """Starts are fitted to less text, and less of it is checked pair by pair: most of a small run's time otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "START_TOKENS", 300)
+        patch.setattr(jobs, "START_TOKENS", 300)
         patch.setattr(report, "CHECK_TOKENS", 8)
         yield
 

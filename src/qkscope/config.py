@@ -17,6 +17,7 @@ from .errors import UserError, nearest
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Recipe = Literal["default", "seed"]
 Dtype = Literal["float32", "bfloat16"]
+Spread = Literal["auto", "layers", "text"]
 PairMethod = Literal["tune", "refit", "importance", "mask"]
 
 
@@ -138,6 +139,10 @@ class TrainingConfig(Config):
     faster on a GPU and on CPUs with AVX-512 BF16 or AMX, and the model takes half the memory."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU where there is one."""
+    spread: Spread = "auto"
+    """What several processes share (torchrun). layers: each trains layers and variants of its own, on all of the text;
+    all must see the --out folder. text: each trains every dictionary, on its share of every batch. auto: layers, if
+    there are as many layers and variants as processes."""
     seed: int = 0
     """Seed of the starts and of the order of the documents."""
     log_steps: int = Field(default=20, ge=1)

@@ -92,11 +92,11 @@ class Need:
         layers = {layer for layer, _ in parts}
         return self.step + sum(self.dictionaries[part] for part in parts) + sum(self.harvest[layer] for layer in layers)
 
-    def passes(self, parts: Sequence[Part], free: float) -> list[list[Part]]:
-        """The parts in their order, in passes of as many as fit, and of one at the least."""
+    def passes(self, parts: Sequence[Part], free: float, most: int) -> list[list[Part]]:
+        """The parts in their order, in passes of as many as fit, of `most` at the most and of one at the least."""
         passes: list[list[Part]] = []
         for part in parts:
-            if passes and self.of([*passes[-1], part]) <= USED * free:
+            if passes and len(passes[-1]) < most and self.of([*passes[-1], part]) <= USED * free:
                 passes[-1].append(part)
             else:
                 passes.append([part])

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 -m qkscope run ...       (or what else sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
 
 Notable:
-- The first process leads: it alone reads options, writes files and says something. The others are told, before each
-  training, what a checkpoint would say, and take part in that. So a machine of theirs needs the model and the text, not
-  the run's folder, and what stands between two trainings knows nothing of them.
+- The first process leads: it alone reads options, and tells the others what to take part in. Either all train the same
+  dictionaries, each on its share of every batch: before each training the others are told what a checkpoint would say;
+  they need the model and the text but not the run's folder, and write nothing. Or what there is to do is `dealt`: each
+  takes a part, does it as if it were the only process (`alone`), and writes into the folder, which all must see.
 - Within `divided`, a batch's rows lie with the processes in turn. A loss that is a mean over tokens is weighed by a
   process's share of them, and the gradients are added up: the sum is the whole batch's. That also holds for a function
   of several means, if every process takes it of the means over the whole batch (`mean`, whose gradient goes to the
@@ -193,6 +194,16 @@ def receive() -> tuple[Any, dict[str, Tensor]]:
     return value, tensors
 
 
+def gathered(value: Any) -> list[Any]:
+    """Each process's value, everywhere, once all are here."""
+    if _world is None:
+        return [value]
+    values: list[Any] = [None] * size()
+    with _heard():
+        dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def _heard() -> Iterator[None]:
     """What torch says where another process is gone."""
@@ -216,6 +227,29 @@ def total(values: Tensor) -> Tensor:
     with _heard():
         dist.all_reduce(values)
     return values
+
+
+# Parts -----------------------------------------------------------------------------------------------
+
+
+def dealt(name: str, n: int) -> Iterator[int]:
+    """0 to n - 1, each in one process: whichever asks next. The name is used once; what is dealt is done `alone`."""
+    if _world is None:
+        yield from range(n)
+        return
+    while (index := _world.store.add(name, 1) - 1) < n:
+        yield index
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open, this process is the only one."""
+    global _world
+    world, _world = _world, None
+    try:
+        yield
+    finally:
+        _world = world
 
 
 # Batches ---------------------------------------------------------------------------------------------

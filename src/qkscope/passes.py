@@ -1,15 +1,18 @@
-"""Which layers and variants share a pass over the text: as many as fit in memory, decided once.
+"""Which layers and variants share a pass over the text, decided once: as many as fit in memory.
+
+Several processes that each take passes of their own have more of them, each with fewer.
 
 The plan stands in passes.json from before the first pass until the run has ended. A layer's last bits depend on which
-others are read beside it, so a run that goes on keeps to its plan, however much memory is free by then. And what a
-layer's folder holds before its pass is done is not what the pass ends with, be there a checkpoint or not.
+others are read beside it, so a run that goes on keeps to its plan, however much memory is free by then and however many
+processes there are. And what a layer's folder holds before its pass is done is not what the pass ends with, be there a
+checkpoint or not.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import UserError
@@ -20,10 +23,11 @@ FILE = "passes.json"
 SAID = 2e9  # bytes of training beside the model from which on a person is told
 
 
-def that_fit(parts: Sequence[Part], need: Need, free: int, say: Callable[[str], None]) -> list[list[Part]]:
-    """The parts in passes that fit in `free` bytes; what they take is said where it is much."""
-    passes, bytes_ = need.passes(parts, free), need.of(parts)
-    if len(passes) > 1 or bytes_ > SAID:
+def planned(parts: Sequence[Part], need: Need, free: int, most: int, say: Callable[[str], None]) -> list[list[Part]]:
+    """The parts in passes of `most` at the most that fit in `free` bytes; what they take is said where it is much."""
+    passes = need.passes(parts, free, most)
+    bytes_ = need.of(parts[:most])
+    if len(passes) > -(-len(parts) // most) or bytes_ > SAID:
         said = f"training takes about {bytes_ / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free"
         counts = ", ".join(str(len(one)) for one in passes)
         several = f": {len(passes)} passes over the text, of {counts} pairs of dictionaries"
@@ -36,9 +40,18 @@ class Passes:
     """The plan, and how far it is."""
 
     passes: list[list[Part]]
-    done: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Of each phase, in the passes that are done."""
+    seconds: list[dict[str, float] | None]
+    """Of each phase of each pass; None for a pass that is not done."""
+
+    @property
+    def left(self) -> list[int]:
+        """Passes that are not done."""
+        return [n for n, seconds in enumerate(self.seconds) if seconds is None]
+
+    @property
+    def seconds_of(self) -> dict[Part, dict[str, float]]:
+        """Of each part, those of the pass that it shared with others."""
+        return {part: seconds or {} for parts, seconds in zip(self.passes, self.seconds, strict=True) for part in parts}
 
     @classmethod
     def read(cls, out: Path) -> Passes | None:
@@ -49,9 +62,15 @@ class Passes:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             passes = [[(int(layer), str(name)) for layer, name in one] for one in values["passes"]]
-            return cls(passes, values["done"], values["seconds"])
+            seconds = [one and dict(one) for _, one in zip(passes, values["seconds"], strict=True)]
+            return cls(passes, seconds)
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; remove it and checkpoint.safetensors to begin the run anew") from None
+            raise UserError(f"{path} is damaged; remove it and checkpoint*.safetensors to begin the run anew") from None
 
     def write(self, out: Path) -> None:
         write_json(out / FILE, asdict(self))
+
+
+def checkpoint_of(out: Path, number: int) -> Path:
+    """Where a pass keeps how far it is."""
+    return out / (f"checkpoint_{number}.safetensors" if number else "checkpoint.safetensors")

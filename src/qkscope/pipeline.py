@@ -7,9 +7,11 @@ that checkpoint, so the same command after a kill at any moment goes on and ends
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -20,8 +22,8 @@ from .data import check_text
 from .decomposition import Decomposition
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
-from .evaluate.run import evaluate_run
-from .files import remove_leftovers
+from .evaluate.run import evaluate_run, take_layers
+from .files import disk_errors, remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
 from .models import load_model, number_of_layers
 from .progress import Reporter
@@ -32,11 +34,12 @@ from .run_folder import (
     plain,
     recorded,
     require_same,
+    shared,
     unfinished,
     variants,
     write_config,
 )
-from .runner import Runner
+from .runner import Runner, require_rows, spreads
 from .target import require_target
 
 
@@ -64,20 +67,48 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
     In one of several processes that were started together (parallel.py), the first does this and the others take part.
     """
     with parallel.joined():
-        return _lead(config, Path(out), quiet) if parallel.rank() == 0 else Run(Path(out), follow() or config)
+        return _lead(config, Path(out), quiet) if parallel.rank() == 0 else Run(Path(out), follow(quiet) or config)
 
 
-def follow() -> RunConfig | None:
-    """Take part in the run that the first process leads; its configuration, or None where nothing is left to train."""
+def follow(quiet: bool = False) -> RunConfig | None:
+    """Take part in the run that the first process leads; its configuration, or None where there is nothing to do."""
     told, _ = parallel.receive()
     if told is None:
         return None
-    config = build(told["config"])
+    config, out = build(told["config"]), Path(told["out"])
     device = _device(parallel.device_name(told["device"]))
     model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
     sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
-    Runner(config, variants(config), Path(), sites, _features(config, sites), Reporter(quiet=True)).follow()
+    features = {} if told["trained"] else _features(config, sites)
+    with ExitStack() as stack:
+        reporter = stack.enter_context(Reporter(quiet, bars=False))
+        runner = Runner(config, variants(config), out, sites, features, reporter)
+        while (message := parallel.receive())[0] is not None:
+            told, tensors = message
+            match told["do"]:
+                case "look":
+                    if all(parallel.gathered(Path(told["at"]).exists())):
+                        stack.enter_context(shared(out))
+                case "train":
+                    runner.take_part(told, tensors)
+                case "passes":
+                    runner.take_passes(told["passes"], told["left"])
+                case "evaluate":
+                    take_layers(Run(out, config).folders, told["layers"], sites, reporter)
     return config
+
+
+def _seen_by_all(out: Path) -> bool:
+    """Whether all processes see the run's folder."""
+    if parallel.size() == 1:
+        return True
+    at = out.resolve() / f".{uuid4().hex}.0.tmp"  # another machine may have a folder of that name, but not this in it
+    with disk_errors(at):
+        at.touch()
+    parallel.send({"do": "look", "at": str(at)})
+    seen = all(parallel.gathered(True))
+    at.unlink()
+    return seen
 
 
 def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
@@ -86,6 +117,8 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         _require_values(config)
         config = with_layers(config)
         names = variants(config)
+        if not spreads(config, len(config.numbers) * len(names)):
+            require_rows(config)
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
         remove_leftovers(out)
@@ -96,8 +129,8 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         device = "cuda" if config.training.device == "auto" and torch.cuda.is_available() else config.training.device
         device = _device(parallel.device_name("cpu" if device == "auto" else device))
         trained = _has_all(finished, TRAINED)  # a lost report is no lost training
-        if not trained:
-            parallel.send({"config": plain(config), "device": device.type})
+        told = {"config": plain(config), "device": device.type, "out": str(out.resolve()), "trained": trained}
+        parallel.send(told)
         together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
         reporter.message(f"loading {config.model}{together}")
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
@@ -113,10 +146,17 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
             if not recorded(out / name, single):
                 write_config(out / name, single, shapes, str(device))
-        if not trained:
-            runner.train()
-        parallel.leave()  # what is left to do takes one process
-        evaluate_run(finished.folders, sites, reporter, notes=runner.seconds)
+        if not (seen_by_all := _seen_by_all(out)):
+            if config.training.spread == "layers":
+                raise UserError(
+                    f"--out {out}: not all processes see it; name a folder on a disk that they share, "
+                    "or give --training.spread text"
+                )
+            reporter.message(f"not all processes see {out}: they train together, and this one does the rest")
+        seconds = {} if trained else runner.train(seen_by_all=seen_by_all).seconds_of
+        if not seen_by_all:
+            parallel.leave()
+        evaluate_run(finished.folders, sites, reporter, seconds=seconds)
         for path in unfinished(out):  # the plan last: it says that all passes are done
             path.unlink()
         reporter.message(f"report: {out / 'report.html'}")
@@ -156,12 +196,6 @@ def _require_values(config: RunConfig) -> None:
     if config.data.source is None:
         raise UserError(
             "--data.source is missing; name a .txt, .jsonl or .parquet file, a Hugging Face dataset, or embedded"
-        )
-    tokens, least = config.training.batch_tokens, parallel.size() * config.data.context
-    if parallel.size() > 1 and tokens < least:
-        raise UserError(
-            f"--training.batch-tokens {tokens}: holds too few sequences of {config.data.context} tokens for "
-            f"{parallel.size()} processes; give {least:,} or more, or start fewer processes"
         )
 
 

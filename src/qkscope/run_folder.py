@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process, never overwritten by another run, and what stands where in it."""
+"""The folder of a run: claimed by its processes, never overwritten by another run, and what stands where in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import transformers
 import yaml
 from pydantic import ValidationError
 
-from . import __version__, passes
+from . import __version__, parallel, passes
 from .config import DictionaryConfig, PairsConfig, RunConfig, build, one_line
 from .decomposition import read_run
 from .errors import UserError
@@ -28,7 +28,7 @@ from .training.recipes import resolved
 TRAINED = ("dictionaries.safetensors", "pairs.parquet")  # what the trainings leave of a layer
 
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = {"training.device", "training.checkpoint_steps", "training.log_steps"}
+FREE = {"training.device", "training.spread", "training.checkpoint_steps", "training.log_steps"}
 # What else may until step 2 has begun. (Step 1 depends on `importance_tokens`: its starts are fitted to that sample.)
 FREE_AFTER_STEP1 = {f"pairs.{name}" for name in PairsConfig.model_fields} - {"pairs.importance_tokens"}
 
@@ -50,17 +50,41 @@ def claimed(out: Path, option: str = "--out ") -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(os.close, lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(lock).st_nlink == 0  # by one that has just removed it
-        except BlockingIOError:
-            taken = True
+            taken = not _locked(lock, fcntl.LOCK_EX) or os.fstat(lock).st_nlink == 0  # by one that has just removed it
+            if parallel.size() > 1:  # those of this run may write there too (`shared`), and hold it as long
+                taken = taken or not _locked(lock, fcntl.LOCK_SH)
         except OSError as error:  # some network file systems know no locks
             _leave(out, made)
             raise UserError(f"{option}{out}: cannot be locked ({error.strerror}); choose another disk") from None
         if taken:
-            raise UserError(f"{option}{out}: another process is writing there; wait for it or choose another")
+            raise _taken(out, option)
         stack.callback(_leave, out, made)
         yield
+
+
+def _locked(file: int, kind: int) -> bool:
+    """Whether the lock could be had; nobody waits for one."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _taken(out: Path, option: str) -> UserError:
+    return UserError(f"{option}{out}: another process is writing there; wait for it or choose another")
+
+
+@contextmanager
+def shared(out: Path) -> Iterator[None]:
+    """Hold the folder that the first of several processes has claimed, in another one of them."""
+    with disk_errors(out):
+        lock = os.open(out / ".lock", os.O_RDWR)
+    try:
+        if not _locked(lock, fcntl.LOCK_SH):
+            raise _taken(out, "--out ")
+        yield
+    finally:
+        os.close(lock)
 
 
 def _leave(out: Path, made: list[Path]) -> None:
@@ -82,8 +106,8 @@ def owner(folder: Path) -> Path:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What is there to go on from: the checkpoint of a pass, and the plan of them all."""
-    return [path for name in ("checkpoint.safetensors", passes.FILE) if (path := folder / name).exists()]
+    """What is there to go on from: checkpoints of passes, and the plan of them all."""
+    return [*folder.glob("checkpoint*.safetensors"), *folder.glob(passes.FILE)]
 
 
 def require_finished(folder: Path) -> None:
@@ -114,8 +138,8 @@ def require_same(out: Path, config: RunConfig) -> bool:
 
 def _before_step2(out: Path) -> bool:
     """Whether nothing is there yet of what follows from step 1."""
-    saved = checkpoint.progress(out / "checkpoint.safetensors")
-    return (saved is None or saved.phase == "step1") and not any(out.rglob("pairs.parquet"))
+    saved = filter(None, map(checkpoint.progress, out.glob("checkpoint*.safetensors")))
+    return all(one.phase == "step1" for one in saved) and not any(out.rglob("pairs.parquet"))
 
 
 def recorded(folder: Path, config: RunConfig) -> bool:

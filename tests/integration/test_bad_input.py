@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from small_runs import Moment, kill_at, require_equal, save_model, small_disk, t
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import Decomposition, UserError, files
+from qkscope import Decomposition, UserError, files, parallel
 from qkscope.data.documents import split_of
 from qkscope.pairs import mask
+from qkscope.run_folder import claimed, shared
 
 Words = Callable[..., list[str]]
 
@@ -230,6 +231,25 @@ def test_out_is_locked(words: Words, call: Callable, tmp_path: Path) -> None:
     with taken(out):
         call(words(out)).complaint("--out", "another process is writing there")
         assert (out / ".lock").exists()
+
+
+def test_a_folder_stays_locked_while_any_process_of_a_run_writes(
+    words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several, where the first was killed and another is still training a layer of its own."""
+    out = tmp_path / "run"
+    with ExitStack() as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "_world", parallel.World(None, 0, 2))
+            with claimed(out):
+                (out / "config.yaml").touch()
+                other.enter_context(shared(out))
+                with pytest.raises(UserError, match="another process is writing there"), claimed(out):
+                    pass
+        call(words(out)).complaint("--out", "another process is writing there")
+    (out / "config.yaml").unlink()
+    with claimed(out), pytest.raises(UserError, match="another process is writing there"), shared(out):
+        pass
 
 
 def test_out_cannot_be_locked(words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

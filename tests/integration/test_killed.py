@@ -181,7 +181,7 @@ def in_passes(
         (ONE, False, ("os.rename", "layer_1/pairs.parquet", 1)),
         (ONE, False, ("os.rename", "passes.json", 3)),  # the second
         (ONE, False, ("os.rename", "layer_1/report.json", 1)),
-        (ONE, False, ("os.remove", "checkpoint.safetensors", 2)),
+        (ONE, False, ("os.remove", "checkpoint_1.safetensors", 1)),
         (ONE, False, ("os.remove", "passes.json", 1)),
         (TWO, True, ("open", "k3/layer_0/metrics.jsonl", 2)),
         (TWO, True, ("open", "k2/layer_1/metrics.jsonl", STEPS + 2)),

@@ -1,4 +1,8 @@
-"""A run of several processes: what one finds, from any of its checkpoints on; and one voice."""
+"""A run of several processes: what one finds, from any of its checkpoints on; and one voice.
+
+First of those that train every dictionary together, each on its share of every batch; then of those that have each some
+layers for themselves.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,11 @@ import processes
 import pytest
 import small_runs
 import yaml
-from small_runs import Moment, finish, free_memory, require_equal, require_like, small_constants
+from small_runs import Moment, finish, free_memory, read_json, require_equal, require_like, small_constants
 
 from qkscope.cli import main
+from qkscope.errors import UserError
+from qkscope.runner import Runner
 
 LIGHT: dict[str, Any] = {
     "training.tokens": 800,
@@ -25,25 +31,47 @@ LIGHT: dict[str, Any] = {
     "dictionary.width": 24,
     "evaluation.tokens": 200,
     "evaluation.examples": 2,
+    "training.spread": "text",
 }
 STEPS = 4  # of step 1
 Words = Callable[..., list[str]]
 
 
-def command(words: list[str], moment: Moment | None, free: int | None) -> None:
-    """Give a command; the first process is killed just before the moment, and told that so much memory is free."""
-    if moment and os.environ["RANK"] == "0":
+def command(words: list[str], moment: Moment | None, free: int | None, dies: int, fails: int, blind: bool) -> None:
+    """Give a command; one process is killed just before the moment, the first one told that so much memory is free.
+
+    In another one, passes may fail, or the folder not be seen.
+    """
+    rank = int(os.environ["RANK"])
+    if moment and rank == dies:
         small_runs.die_at(moment)
-    with small_constants(), free_memory(free):
+    with small_constants(), free_memory(free), pytest.MonkeyPatch.context() as patch:
+        if rank == fails:
+            patch.setattr(Runner, "one_pass", failing)
+        if blind and rank:
+            exists = Path.exists
+            patch.setattr(Path, "exists", lambda path: path.suffix != ".tmp" and exists(path))
         main(words)
 
 
+def failing(runner: Runner, *args: Any) -> None:
+    raise UserError("layer 7: the loss is nan")
+
+
 def start(
-    words: list[str], folder: Path, size: int = 2, moment: Moment | None = None, free: int | None = None
+    words: list[str],
+    folder: Path,
+    size: int = 2,
+    moment: Moment | None = None,
+    free: int | None = None,
+    *,
+    dies: int = 0,
+    fails: int = -1,
+    blind: bool = False,
 ) -> list[Any]:
     """A command in several processes (1: in this one); their exit codes."""
     if size > 1:
-        return processes.start(size, command, folder, words, moment, free)
+        return processes.start(size, command, folder, words, moment, free, dies, fails, blind)
     finish(words)
     return [0]
 
@@ -61,7 +89,7 @@ def by_two(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run by two processes that nothing disturbed."""
     folder = tmp_path_factory.mktemp("two")
     assert start(words(folder / "run"), folder) == [0, 0], processes.said(folder, 2)
-    assert (folder / "0.err").read_text() and not (folder / "1.err").read_text()
+    assert "step1" in (folder / "0.err").read_text() and "step1" not in (folder / "1.err").read_text()
     return folder / "run"
 
 
@@ -148,3 +176,106 @@ def test_torchrun(by_two: Path, words: Words, tmp_path: Path) -> None:
     said = subprocess.run([*program, *words(by_two)], capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     assert said.stderr.count(f"{by_two} is already finished") == 1
+
+
+# Layers for each process -----------------------------------------------------------------------------
+
+APART = {"training.spread": "auto"}
+SWEEP = {**APART, "sweep.k": (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def in_passes(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one process's run that took a pass for each layer."""
+    out = tmp_path_factory.mktemp("passes") / "run"
+    with free_memory(0):
+        finish(words(out, APART))
+    return out
+
+
+def require_equal_layers(found: Path, wanted: Path) -> None:
+    assert small_runs.tree(found).keys() == small_runs.tree(wanted).keys()
+    for layer in ("layer_0", "layer_1"):
+        require_equal(found / layer, wanted / layer)
+    assert read_json(found / "together.json") == read_json(wanted / "together.json")
+
+
+def test_each_trains_a_layer(in_passes: Path, words: Words, tmp_path: Path) -> None:
+    assert start(words(tmp_path / "run", APART), tmp_path) == [0, 0], processes.said(tmp_path, 2)
+    require_equal_layers(tmp_path / "run", in_passes)
+    for said in (tmp_path / "0.err", tmp_path / "1.err"):
+        lines = said.read_text().splitlines()
+        trained, evaluated = (
+            {line.split(" layer ")[1][0] for line in lines if line.startswith(start)}
+            for start in ("step1", "evaluating")
+        )
+        assert len(trained) == 1 and len(evaluated) == 1
+    assert sum(line.startswith("report: ") for line in processes.said(tmp_path, 2)) == 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_trains_variants(words: Words, tmp_path: Path, size: int) -> None:
+    """Of a sweep; with three processes some have more to do than others."""
+    assert start(words(tmp_path / "run", SWEEP), tmp_path, size) == [0] * size, processes.said(tmp_path, size)
+    finish(words(tmp_path / "one", SWEEP))
+    for name in ("k2", "k3"):
+        require_like(tmp_path / "run" / name, tmp_path / "one" / name)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dies", "moment"),
+    [
+        (0, ("os.rename", "passes.json", 2)),  # all is trained, and not yet written down
+        (0, ("open", "/metrics.jsonl", 3)),
+        (1, ("open", "/metrics.jsonl", STEPS + 3)),
+        (1, ("os.rename", "/report.json", 1)),
+    ],
+)
+def test_killed_apart(in_passes: Path, words: Words, tmp_path: Path, dies: int, moment: Moment, after: int) -> None:
+    """Any of them, at any moment: the others end what they have begun, and any number goes on to the same bits.
+
+    But three have too few layers to take each its own, and train them together.
+    """
+    out = tmp_path / "run"
+    codes = start(words(out, APART), tmp_path, 2, moment, dies=dies)
+    assert codes[dies] == -signal.SIGKILL and codes[1 - dies] == 2
+    last = (tmp_path / f"{1 - dies}.err").read_text().splitlines()[-1]
+    assert last == "qkscope: another process of this run has ended; give the same command again to go on"
+    assert start(words(out, APART), tmp_path, after) == [0] * after, processes.said(tmp_path, after)
+    if after < 3:
+        require_equal_layers(out, in_passes)
+    require_like(out, in_passes)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_file_lost_from_one_pass_is_made_again(in_passes: Path, words: Words, tmp_path: Path, size: int) -> None:
+    out = tmp_path / "run"
+    start(words(out, APART), tmp_path, 2, ("os.rename", "report.html", 1))
+    (out / "layer_0" / "pairs.parquet").unlink()
+    assert start(words(out, APART), tmp_path, size) == [0] * size
+    require_equal_layers(out, in_passes)
+
+
+def test_a_mistake_in_another_process_is_said_once(words: Words, tmp_path: Path) -> None:
+    assert start(words(tmp_path / "run", APART), tmp_path, fails=1) == [2, 2]
+    lines = [line for line in processes.said(tmp_path, 2) if line.startswith("qkscope: ")]
+    assert len(lines) == 1 and lines[0].startswith("qkscope: layer 7: the loss is nan"), lines
+
+
+def test_a_folder_that_not_all_see(by_two: Path, words: Words, tmp_path: Path) -> None:
+    """They train every dictionary together, and the first one does the rest; unless that was not wanted."""
+    assert start(words(tmp_path / "run", APART), tmp_path, blind=True) == [0, 0], processes.said(tmp_path, 2)
+    assert f"not all processes see {tmp_path / 'run'}: " in (tmp_path / "0.err").read_text()
+    assert not (tmp_path / "1.err").read_text()
+    for layer in ("layer_0", "layer_1"):
+        require_equal(tmp_path / "run" / layer, by_two / layer)
+    assert start(words(tmp_path / "again", {"training.spread": "layers"}), tmp_path, blind=True) == [2, 2]
+    lines = [line for line in processes.said(tmp_path, 2) if line.startswith("qkscope: ")]
+    assert len(lines) == 1 and "--training.spread text" in lines[0], lines
+
+
+def test_one_layer_is_trained_together(words: Words, tmp_path: Path) -> None:
+    """There are fewer layers than processes."""
+    assert start(words(tmp_path / "run", {**APART, "layers": 1}), tmp_path) == [0, 0], processes.said(tmp_path, 2)
+    assert "step1" in (tmp_path / "0.err").read_text() and not (tmp_path / "1.err").read_text()

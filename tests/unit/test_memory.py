@@ -84,12 +84,15 @@ def test_what_comes_before_and_after_the_steps_of_a_wide_dictionary_is_counted()
     harvest=st.integers(0, 20),
     step=st.integers(0, 20),
     free=st.integers(0, 400),
+    most=st.integers(1, 12),
 )
-def test_passes_hold_every_part_once_and_fit(sizes: list[int], harvest: int, step: int, free: int) -> None:
+def test_passes_hold_every_part_once_and_fit(sizes: list[int], harvest: int, step: int, free: int, most: int) -> None:
     parts: list[Part] = [(n // 2, "ab"[n % 2]) for n in range(len(sizes))]
     need = Need(dict(zip(parts, sizes, strict=True)), {n: harvest for n, _ in parts}, step)
-    passes = need.passes(parts, free)
+    passes = need.passes(parts, free, most)
     assert [part for one in passes for part in one] == parts
     for one, following in itertools.zip_longest(passes, passes[1:]):
-        assert len(one) == 1 or need.of(one) <= memory.USED * free
-        assert following is None or need.of([*one, following[0]]) > memory.USED * free  # no more would have fitted
+        assert len(one) == 1 or (need.of(one) <= memory.USED * free and len(one) <= most)
+        assert (
+            following is None or len(one) == most or need.of([*one, following[0]]) > memory.USED * free
+        )  # no more would have fitted

@@ -27,7 +27,7 @@ from qkscope.errors import UserError
 from qkscope.pairs.mask import MaskJob
 from qkscope.pairs.tune import MapJob
 from qkscope.pattern import AttentionInputs
-from qkscope.pipeline import _require_values
+from qkscope.runner import require_rows, spreads
 from qkscope.training.job import Job
 from qkscope.training.loop import Logs, _update, train
 from qkscope.training.objective import PatternTarget
@@ -193,12 +193,55 @@ def test_too_few_sequences_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig.model_validate(
         {"layers": [1], "data": {"source": "a.txt", "context": 50}, "training": {"batch_tokens": 150}}
     )
-    _require_values(config)
+    require_rows(config)
     short = config.model_copy(update={"training": TrainingConfig(batch_tokens=149)})
     with pytest.raises(
         UserError, match=r"--training.batch-tokens 149: holds too few sequences .* 3 processes; give 150"
     ):
-        _require_values(short)
+        require_rows(short)
+
+
+@pytest.mark.parametrize(
+    ("spread", "size", "parts", "wanted"),
+    [
+        ("auto", 1, 9, False),
+        ("auto", 3, 2, False),
+        ("auto", 3, 3, True),
+        ("text", 3, 9, False),
+        ("layers", 3, 2, True),
+        ("layers", 1, 2, False),
+    ],
+)
+def test_when_layers_are_spread(
+    monkeypatch: pytest.MonkeyPatch, spread: str, size: int, parts: int, wanted: bool
+) -> None:
+    monkeypatch.setattr(parallel, "_world", parallel.World(None, 0, size) if size > 1 else None)
+    config = RunConfig.model_validate({"layers": [1], "training": {"spread": spread}})
+    assert spreads(config, parts) == wanted
+
+
+def taken() -> dict[str, Tensor]:
+    """What is dealt to this process, what all took, and how many processes there are while one works on it."""
+    with parallel.joined():
+        mine, sizes = [], []
+        for index in parallel.dealt("numbers", 7):
+            with parallel.alone():
+                sizes.append(parallel.size())
+            mine.append(index)
+        every = parallel.gathered(mine)
+    return {
+        "mine": torch.tensor(mine),
+        "all": torch.tensor([i for one in every for i in one]),
+        "sizes": torch.tensor(sizes),
+    }
+
+
+def test_what_is_dealt_is_dealt_once(tmp_path: Path) -> None:
+    one, two, three = together(3, taken, tmp_path)
+    assert sorted(torch.cat([found["mine"] for found in (one, two, three)]).tolist()) == list(range(7))
+    assert sorted(one["all"].tolist()) == list(range(7)) and torch.equal(one["all"], two["all"])
+    assert torch.cat([found["sizes"] for found in (one, two, three)]).tolist() == [1] * 7
+    assert list(parallel.dealt("numbers", 3)) == [0, 1, 2] and parallel.gathered("a") == ["a"]
 
 
 def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:

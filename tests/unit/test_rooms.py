@@ -8,7 +8,7 @@ from pathlib import Path
 import qkscope
 
 ROOMS = (
-    {"cli"}, {"app"}, {"pipeline"}, {"runner"}, {"explain"}, {"evaluate", "target"}, {"tables"}, {"foreign"},
+    {"cli"}, {"app"}, {"pipeline"}, {"runner"}, {"jobs"}, {"explain"}, {"evaluate", "target"}, {"tables"}, {"foreign"},
     {"run_folder"}, {"decomposition"}, {"pairs"}, {"training"}, {"residual"}, {"dictionary"}, {"norm"}, {"attention"},
     {"kernels"},
 )  # fmt: skip

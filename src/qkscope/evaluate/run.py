@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from .. import parallel
 from ..attention import AttentionInputs, AttentionSite, harvest, open_sites
 from ..config import RunConfig, build
 from ..data import Batch, Sequences
@@ -20,6 +21,7 @@ from ..decomposition import Decomposition, load_transcoders, read_run
 from ..errors import UserError
 from ..files import remove_leftovers, write_json
 from ..kernels.row_kl import exp
+from ..memory import Part
 from ..models import load_model
 from ..pattern import PatternSource
 from ..progress import Reporter
@@ -66,26 +68,49 @@ def evaluate_run(
     sites: Sequence[AttentionSite],
     reporter: Reporter,
     *,
-    notes: dict[str, float] | None = None,
+    seconds: Mapping[Part, dict[str, float]] | None = None,
     again: bool = False,
 ) -> None:
-    """Measure each layer of each variant that has no report yet (`again`: all), then write the pages."""
-    for name, folder in folders.items():
+    """Measure each layer of each variant that has no report yet (`again`: all), then write the pages.
+
+    `seconds`: what its trainings took. Several processes measure different layers.
+    """
+    layers = [
+        (name, site.layer, (seconds or {}).get((site.layer, name), {}))
+        for name, folder in folders.items()
+        for site in sites
+        if again or not (layer_folder(folder, site.layer) / "report.json").exists()
+    ]
+    parallel.send({"do": "evaluate", "layers": layers})
+    take_layers(folders, layers, sites, reporter, again=again)
+    for folder in folders.values():
         together = folder / "together.json"
-        for site in sites:
-            target = layer_folder(folder, site.layer)
-            if again or not (target / "report.json").exists():
-                title = f"{name} layer {site.layer}".strip()
-                reporter.message(f"evaluating {title} on held-out text")
-                together.unlink(missing_ok=True)  # it was of another decomposition of this layer
-                report = _evaluate_layer(target, site, notes or {}, again)
-                reporter.message(f"{title}: {in_brief(report)}")
         if len(sites) > 1 and sites[0].has_head and not together.exists():
             _evaluate_together(together, folder, sites)
         write_page(folder)
-    parent = next(iter(folders.values())).parent
     if "" not in folders:
-        write_page(parent)
+        write_page(next(iter(folders.values())).parent)
+
+
+def take_layers(
+    folders: dict[str, Path],
+    layers: Sequence[tuple[str, int, dict[str, float]]],
+    sites: Sequence[AttentionSite],
+    reporter: Reporter,
+    *,
+    again: bool = False,
+) -> None:
+    """Measure some of these layers of variants, each with its seconds, while other processes measure the rest."""
+    for index in parallel.dealt("evaluation", len(layers)):
+        name, layer, seconds = layers[index]
+        title = f"{name} layer {layer}".strip()
+        reporter.message(f"evaluating {title} on held-out text")
+        with parallel.alone():
+            (folders[name] / "together.json").unlink(missing_ok=True)  # it was of another decomposition of this layer
+            site = next(site for site in sites if site.layer == layer)
+            report = _evaluate_layer(layer_folder(folders[name], layer), site, seconds, again)
+        reporter.message(f"{title}: {in_brief(report)}")
+    parallel.gathered(None)
 
 
 def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
@@ -97,7 +122,7 @@ def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -
 
 
 @torch.no_grad()
-def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], again: bool) -> dict[str, Any]:
+def _evaluate_layer(target: Path, site: AttentionSite, seconds: dict[str, float], again: bool) -> dict[str, Any]:
     device = next(site.model.parameters()).device
     dec = Decomposition.load(target).to(device)
     config = dec.config
@@ -135,7 +160,6 @@ def _evaluate_layer(target: Path, site: AttentionSite, notes: dict[str, float], 
         measured = batches[1:HEAD_BATCHES] or batches  # as head_roles does
         report["tokens"] |= {"truth": _tokens(batches), "heads": _tokens(measured)}
         write_json(target / "truth.json", details)
-    seconds = notes
     if again:
         with suppress(UserError):  # it may be what is missing
             seconds = dec.report.get("seconds", {})

@@ -94,9 +94,10 @@ def train(
     if saved is not None:
         for job, optimizer in zip(jobs, optimizers, strict=True):
             checkpoint.restore_optimizer(optimizer, job, saved[0])
-    logs.cut(at.logs)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     watch, leads = Watch(device), parallel.rank() == 0
+    if leads:
+        logs.cut(at.logs)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     sums: dict[str, dict[str, Any]] = {}
     counted, since, clock = 0, at.tokens, time.monotonic()
 
