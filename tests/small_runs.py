@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from texts import BOS, documents_of
 from tiny import tiny_model
 
-from qkscope import jobs, memory, runner
+from qkscope import jobs, memory, pipeline
 from qkscope.cli import main
 from qkscope.evaluate import report
 
@@ -77,7 +77,7 @@ def free_memory(bytes_: int | None) -> Iterator[None]:
     """Trainings, whose steps then take next to nothing, are told that this much is free; None: as much as is."""
     with pytest.MonkeyPatch.context() as patch:
         if bytes_ is not None:
-            patch.setattr(runner, "free_memory", lambda device: bytes_)
+            patch.setattr(pipeline, "free_memory", lambda device: bytes_)
             for name in ("STEP", "AT_START", "AT_END"):
                 patch.setattr(memory, name, 0)
         yield

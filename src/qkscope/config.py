@@ -141,8 +141,8 @@ class TrainingConfig(Config):
     """cpu, cuda, cuda:1 ...; auto: a GPU where there is one."""
     spread: Spread = "auto"
     """What several processes share (torchrun). layers: each trains layers and variants of its own, on all of the text;
-    all must see the --out folder. text: each trains every dictionary, on its share of every batch. auto: layers, if
-    there are as many layers and variants as processes."""
+    all must see the --out folder. text: each trains every dictionary, on its share of every batch. auto: layers, if all
+    see the folder and more than half of the processes then have something to train."""
     seed: int = 0
     """Seed of the starts and of the order of the documents."""
     log_steps: int = Field(default=20, ge=1)

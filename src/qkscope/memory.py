@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from . import parallel
 from .config import DictionaryConfig, TrainingConfig
 from .dictionary import CALIBRATION_TOKENS, chooses_few
 from .training.start import FIT_ELEMENTS, FIT_TOKENS
@@ -64,9 +63,12 @@ class Need:
     @classmethod
     def of_training(
         cls, names: Mapping[str, DictionaryConfig], shapes: Mapping[int, Mapping[str, int]],
-        config: TrainingConfig, context: int, device: torch.device,
+        config: TrainingConfig, context: int, device: torch.device, *, together: bool = False,
     ) -> Need:  # fmt: skip
-        """Of each variant's dictionaries in each layer, whose D, N, G and H are given."""
+        """Of each variant's dictionaries in each layer, whose D, N, G and H are given.
+
+        `together`: several processes train them all, and add up their gradients.
+        """
         # The batch before is there while the next one is made; values are held where one product makes q, k and v.
         tokens = config.batch_tokens * (1 + (config.held_batches if config.reuse > 1 else 1))
         dictionaries, harvest = {}, {}
@@ -83,7 +85,7 @@ class Need:
         dense = DENSE * max(with_zeros, default=0)
         width = max(w for _, _, w in sides)
         beside = max(AT_START * min(FIT_TOKENS * width, FIT_ELEMENTS), AT_END * CALIBRATION_TOKENS * width)
-        summed = max(dictionaries.values()) // COPIES if parallel.size() > 1 else 0  # gradients in one piece
+        summed = max(dictionaries.values()) // COPIES if together else 0  # gradients in one piece
         step = STEP + 4 * config.batch_tokens * (patterns + dense) + summed
         return cls(dictionaries, harvest, max(step, 4 * beside))
 

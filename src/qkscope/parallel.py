@@ -97,7 +97,8 @@ def joined() -> Iterator[None]:
         yield
     except UserError as error:
         where = f" (process {world.rank}, on {socket.gethostname()})" if world.rank else ""
-        world.store.compare_set("reason", "", f"{error}{where}")
+        with suppress(RuntimeError):  # the store may have gone with another
+            world.store.compare_set("reason", "", f"{error}{where}")
         raise
     except Gone as gone:
         raise UserError(_reason(world)) from gone
@@ -185,6 +186,12 @@ def send(value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
         _broadcast(save({name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()}))
 
 
+def gathered(value: Any) -> list[Any]:
+    """Each process's plain value, everywhere, once all are here."""
+    mine = json.dumps(value).encode()
+    return [json.loads(_broadcast(mine if r == rank() else None, r) if size() > 1 else mine) for r in range(size())]
+
+
 def receive() -> tuple[Any, dict[str, Tensor]]:
     """What the first process sends, tensors in main memory; None at the end (`leave`)."""
     value, tensors = json.loads(_broadcast(None)), load(_broadcast(None))
@@ -192,16 +199,6 @@ def receive() -> tuple[Any, dict[str, Tensor]]:
     if _world is not None and value is None:
         _world.dismissed = True
     return value, tensors
-
-
-def gathered(value: Any) -> list[Any]:
-    """Each process's value, everywhere, once all are here."""
-    if _world is None:
-        return [value]
-    values: list[Any] = [None] * size()
-    with _heard():
-        dist.all_gather_object(values, value)
-    return values
 
 
 @contextmanager
@@ -213,12 +210,12 @@ def _heard() -> Iterator[None]:
         raise Gone(str(error)) from None
 
 
-def _broadcast(data: bytes | None) -> bytes:
+def _broadcast(data: bytes | None, source: int = 0) -> bytes:
     with _heard():
         length = torch.tensor([len(data or b"")])
-        dist.broadcast(length, 0)
+        dist.broadcast(length, source)
         content = bytearray(int(length)) if data is None else bytearray(data)
-        dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), 0)
+        dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), source)
     return bytes(content)
 
 
@@ -233,11 +230,21 @@ def total(values: Tensor) -> Tensor:
 
 
 def dealt(name: str, n: int) -> Iterator[int]:
-    """0 to n - 1, each in one process: whichever asks next. The name is used once; what is dealt is done `alone`."""
-    if _world is None:
+    """0 to n - 1, each in one process: whichever asks next. The name is used once; what is dealt is done `alone`.
+
+    Where one of them has had to say something, the others take no more.
+    """
+    world = _world
+    if world is None:
         yield from range(n)
         return
-    while (index := _world.store.add(name, 1) - 1) < n:
+    while True:
+        with _heard():
+            if world.store.check(["reason"]):
+                raise Gone
+            index = world.store.add(name, 1) - 1
+        if index >= n:
+            return
         yield index
 
 

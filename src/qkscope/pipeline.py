@@ -6,6 +6,7 @@ that checkpoint, so the same command after a kill at any moment goes on and ends
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from .data import check_text
 from .decomposition import Decomposition
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
-from .evaluate.run import evaluate_run, take_layers
+from .evaluate.run import evaluate_run, memory_of, take_layers
 from .files import disk_errors, remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
+from .memory import USED, free_memory
 from .models import load_model, number_of_layers
+from .passes import Passes
 from .progress import Reporter
 from .run_folder import (
     TRAINED,
@@ -39,7 +42,7 @@ from .run_folder import (
     variants,
     write_config,
 )
-from .runner import Runner, require_rows, spreads
+from .runner import Runner
 from .target import require_target
 
 
@@ -82,43 +85,54 @@ def follow(quiet: bool = False) -> RunConfig | None:
     features = {} if told["trained"] else _features(config, sites)
     with ExitStack() as stack:
         reporter = stack.enter_context(Reporter(quiet, bars=False))
+        folder = stack.enter_context(ExitStack())
         runner = Runner(config, variants(config), out, sites, features, reporter)
         while (message := parallel.receive())[0] is not None:
             told, tensors = message
             match told["do"]:
                 case "look":
-                    if all(parallel.gathered(Path(told["at"]).exists())):
-                        stack.enter_context(shared(out))
+                    held = folder.enter_context(shared(out)) and os.path.exists(told["at"])
+                    if not _look(held, device)[0]:
+                        folder.close()
                 case "train":
                     runner.take_part(told, tensors)
                 case "passes":
                     runner.take_passes(told["passes"], told["left"])
                 case "evaluate":
                     take_layers(Run(out, config).folders, told["layers"], sites, reporter)
+                    folder.close()
+                    parallel.gathered(None)
+                case other:
+                    raise AssertionError(other)
     return config
 
 
-def _seen_by_all(out: Path) -> bool:
-    """Whether all processes see the run's folder."""
+def _lead_look(out: Path, device: torch.device) -> tuple[bool, int]:
+    """`_look` of the first process, with what the others look for."""
     if parallel.size() == 1:
-        return True
-    at = out.resolve() / f".{uuid4().hex}.0.tmp"  # another machine may have a folder of that name, but not this in it
+        return _look(True, device)
+    at = out.absolute() / f".{uuid4().hex}.0.tmp"  # another machine may have a folder of that name, but not this in it
     with disk_errors(at):
         at.touch()
     parallel.send({"do": "look", "at": str(at)})
-    seen = all(parallel.gathered(True))
+    found = _look(True, device)
     at.unlink()
-    return seen
+    return found
+
+
+def _look(held: bool, device: torch.device) -> tuple[bool, int]:
+    """Whether all processes see the run's folder and hold it, and the least bytes that one of them has."""
+    held_by, free = zip(*parallel.gathered((held, free_memory(device))), strict=True)
+    return all(held_by), min(free)
 
 
 def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
-    with claimed(out), Reporter(quiet) as reporter:
+    bars = parallel.size() == 1 or config.training.spread == "text"
+    with claimed(out), Reporter(quiet, bars=bars) as reporter:
         config = with_method(with_defaults(config))
         _require_values(config)
         config = with_layers(config)
         names = variants(config)
-        if not spreads(config, len(config.numbers) * len(names)):
-            require_rows(config)
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
         remove_leftovers(out)
@@ -129,7 +143,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         device = "cuda" if config.training.device == "auto" and torch.cuda.is_available() else config.training.device
         device = _device(parallel.device_name("cpu" if device == "auto" else device))
         trained = _has_all(finished, TRAINED)  # a lost report is no lost training
-        told = {"config": plain(config), "device": device.type, "out": str(out.resolve()), "trained": trained}
+        told = {"config": plain(config), "device": device.type, "out": str(out.absolute()), "trained": trained}
         parallel.send(told)
         together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
         reporter.message(f"loading {config.model}{together}")
@@ -140,23 +154,22 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         require_target(config, names.values(), sites)
         features = {} if trained else _features(config, sites)
         runner = Runner(config, names, out, sites, features, reporter)
+        seen_by_all, free = _lead_look(out, device)
+        plan, apart = (Passes([], []), False) if trained else runner.plan(seen_by_all=seen_by_all, free=free)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
         for layer, (query, _) in features.items():
             shapes[layer]["reads"] = query.reading.model_dump()
         for name, single in {"": config, **names}.items():  # the run's own is first: by it the folder is known again
             if not recorded(out / name, single):
                 write_config(out / name, single, shapes, str(device))
-        if not (seen_by_all := _seen_by_all(out)):
-            if config.training.spread == "layers":
-                raise UserError(
-                    f"--out {out}: not all processes see it; name a folder on a disk that they share, "
-                    "or give --training.spread text"
-                )
-            reporter.message(f"not all processes see {out}: they train together, and this one does the rest")
-        seconds = {} if trained else runner.train(seen_by_all=seen_by_all).seconds_of
-        if not seen_by_all:
+        if not trained:
+            runner.train(plan, apart=apart)
+        fits = max(map(memory_of, sites)) <= USED * free
+        if parallel.size() > 1 and not (seen_by_all and fits):
+            why = "have the memory for it" if seen_by_all else f"see {out} and can write there"
+            reporter.message(f"not all processes {why}: the first one measures alone")
             parallel.leave()
-        evaluate_run(finished.folders, sites, reporter, seconds=seconds)
+        evaluate_run(finished.folders, sites, reporter, seconds=plan.seconds_of)
         for path in unfinished(out):  # the plan last: it says that all passes are done
             path.unlink()
         reporter.message(f"report: {out / 'report.html'}")

@@ -13,12 +13,15 @@ PLAIN_SECONDS = 10.0  # between two plain lines of the same job
 
 
 class Reporter:
-    """Progress of training and short messages, on standard error; a context manager."""
+    """Progress of training and short messages, on standard error; a context manager.
+
+    `bars`: none where several processes share a terminal.
+    """
 
     def __init__(self, quiet: bool = False, *, bars: bool = True) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet
-        self.bars = bars and self.console.is_terminal and not quiet  # of several processes one alone can draw them
+        self.bars = bars and self.console.is_terminal and not quiet
         self.progress: Progress | None = None
         self.tasks: dict[str, Any] = {}
         self.last: dict[str, float] = {}

@@ -50,14 +50,15 @@ def claimed(out: Path, option: str = "--out ") -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(os.close, lock)
         try:
-            taken = not _locked(lock, fcntl.LOCK_EX) or os.fstat(lock).st_nlink == 0  # by one that has just removed it
+            taken = not _locked(lock, fcntl.LOCK_EX)
             if parallel.size() > 1:  # those of this run may write there too (`shared`), and hold it as long
                 taken = taken or not _locked(lock, fcntl.LOCK_SH)
+            taken = taken or os.fstat(lock).st_nlink == 0  # by one that has just removed it
         except OSError as error:  # some network file systems know no locks
             _leave(out, made)
             raise UserError(f"{option}{out}: cannot be locked ({error.strerror}); choose another disk") from None
         if taken:
-            raise _taken(out, option)
+            raise UserError(f"{option}{out}: another process is writing there; wait for it or choose another")
         stack.callback(_leave, out, made)
         yield
 
@@ -70,21 +71,16 @@ def _locked(file: int, kind: int) -> bool:
     return False
 
 
-def _taken(out: Path, option: str) -> UserError:
-    return UserError(f"{option}{out}: another process is writing there; wait for it or choose another")
-
-
 @contextmanager
-def shared(out: Path) -> Iterator[None]:
-    """Hold the folder that the first of several processes has claimed, in another one of them."""
-    with disk_errors(out):
-        lock = os.open(out / ".lock", os.O_RDWR)
-    try:
-        if not _locked(lock, fcntl.LOCK_SH):
-            raise _taken(out, "--out ")
-        yield
-    finally:
-        os.close(lock)
+def shared(out: Path) -> Iterator[bool]:
+    """Hold a folder that the first of several processes has claimed, in another one of them; whether that can be."""
+    with ExitStack() as stack:
+        held = False
+        with suppress(OSError):  # it is not there, or not to be written
+            lock = os.open(owner(out) / ".lock", os.O_RDWR)
+            stack.callback(os.close, lock)
+            held = _locked(lock, fcntl.LOCK_SH)
+        yield held
 
 
 def _leave(out: Path, made: list[Path]) -> None:
@@ -106,8 +102,8 @@ def owner(folder: Path) -> Path:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What is there to go on from: checkpoints of passes, and the plan of them all."""
-    return [*folder.glob("checkpoint*.safetensors"), *folder.glob(passes.FILE)]
+    """What is there to go on from: checkpoints of passes, and the plan of them all, last."""
+    return [*passes.checkpoints(folder), *folder.glob(passes.FILE)]
 
 
 def require_finished(folder: Path) -> None:
@@ -127,7 +123,7 @@ def require_same(out: Path, config: RunConfig) -> bool:
     there, here = (_flat(plain(one)) for one in (build(read_run(out)["run"], str(out / "config.yaml")), config))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key) and key not in FREE:
-            if key in FREE_AFTER_STEP1 and _before_step2(out):
+            if key in FREE_AFTER_STEP1 and before_step2(out):
                 continue
             raise UserError(
                 f"--out {out}: holds another run ({key} is {there.get(key)!r} there, {here.get(key)!r} here); "
@@ -136,9 +132,9 @@ def require_same(out: Path, config: RunConfig) -> bool:
     return True
 
 
-def _before_step2(out: Path) -> bool:
+def before_step2(out: Path) -> bool:
     """Whether nothing is there yet of what follows from step 1."""
-    saved = filter(None, map(checkpoint.progress, out.glob("checkpoint*.safetensors")))
+    saved = filter(None, map(checkpoint.progress, passes.checkpoints(out)))
     return all(one.phase == "step1" for one in saved) and not any(out.rglob("pairs.parquet"))
 
 

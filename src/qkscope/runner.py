@@ -24,11 +24,11 @@ from .decomposition import save_transcoders
 from .errors import UserError
 from .foreign.carry import Sides
 from .jobs import Jobs, title
-from .memory import Need, Part, free_memory
+from .memory import Need, Part
 from .pairs.phases import Phase, phases_of
-from .passes import Passes, checkpoint_of, planned
+from .passes import FILE, Passes, checkpoint_of, note_done, planned
 from .progress import Reporter
-from .run_folder import TRAINED, layer_folder
+from .run_folder import TRAINED, before_step2, layer_folder
 from .target import bounds_of, cost_of
 from .training import checkpoint
 from .training.checkpoint import Progress
@@ -58,63 +58,76 @@ class Runner:
 
     # Passes
 
-    def train(self, *, seen_by_all: bool) -> Passes:
-        """Both steps of every layer and variant; leaves their files. `seen_by_all`: whether all processes see `out`."""
+    def plan(self, *, seen_by_all: bool, free: int) -> tuple[Passes, bool]:
+        """The passes, where `free` bytes are, and whether each process takes some for itself, if all see the folder.
+
+        Raises `UserError` where several processes cannot train them so.
+        """
+        if self.config.training.spread == "layers" and not seen_by_all:
+            raise UserError(
+                f"--out {self.out}: not all processes see it and can write there; name a folder on a disk that they "
+                "share, or give --training.spread text"
+            )
         plan = Passes.read(self.out)
         if plan is None:
             parts = self.jobs.parts()
-            most = -(-len(parts) // parallel.size()) if self._spreads(parts, seen_by_all) else len(parts)
-            passes = [parts] if checkpoint_of(self.out, 0).exists() else self._planned(parts, most)
+            most = -(-len(parts) // parallel.size())
+            apart = seen_by_all and spreads(self.config, -(-len(parts) // most))
+            if checkpoint_of(self.out, 0).exists():
+                passes = [parts]
+            else:
+                passes = self._passes(parts, most if apart else len(parts), free, together=not apart)
             plan = Passes(passes, [None] * len(passes))
         for number, parts in enumerate(plan.passes):
             if not all(map(self._is_trained, parts)):
-                plan.seconds[number] = None  # or again
-        plan.write(self.out)
-        if len(plan.left) > 1 and self._spreads([part for n in plan.left for part in plan.passes[n]], seen_by_all):
-            self._share_out(plan)
-            return plan
-        if plan.left:
+                plan.seconds[number] = None  # a file of it was lost
+        apart = seen_by_all and spreads(self.config, len(plan.left))
+        if plan.left and not apart:
             require_rows(self.config)
-        for number in plan.left:
-            plan.seconds[number] = self.one_pass(plan.passes, number)
-            plan.write(self.out)
-            if plan.left:  # the last pass's checkpoint stands until the run has ended
-                checkpoint_of(self.out, number).unlink(missing_ok=True)
-        return plan
+        return plan, apart
 
-    def _spreads(self, parts: Sequence[Part], seen_by_all: bool) -> bool:
-        """Whether each process trains layers and variants of its own."""
-        return seen_by_all and spreads(self.config, len(parts))
-
-    def _planned(self, parts: Sequence[Part], most: int) -> list[list[Part]]:
+    def _passes(self, parts: Sequence[Part], most: int, free: int, *, together: bool) -> list[list[Part]]:
+        """All parts, in passes that fit, of `most` at the most."""
         if self.jobs.given:  # they are there, and nothing but strengths is trained between them
             return [list(parts[at : at + most]) for at in range(0, len(parts), most)]
         names = {name: single.dictionary for name, single in self.jobs.names.items()}
         shapes = {site.layer: site.shape for site in self.sites}
-        need = Need.of_training(names, shapes, self.config.training, self.config.data.context, self.jobs.device)
-        return planned(parts, need, free_memory(self.jobs.device), most, self.reporter.message)
+        need = Need.of_training(
+            names, shapes, self.config.training, self.config.data.context, self.jobs.device,
+            together=together and parallel.size() > 1,
+        )  # fmt: skip
+        return planned(parts, need, free, most, self.reporter.message)
 
     def _is_trained(self, part: Part) -> bool:
         return all((layer_folder(self.out / part[1], part[0]) / name).exists() for name in TRAINED)
 
-    def _share_out(self, plan: Passes) -> None:
-        """Have each process train passes of its own."""
-        parallel.send({"do": "passes", "passes": plan.passes, "left": plan.left})
-        for number, seconds in self.take_passes(plan.passes, plan.left).items():
-            plan.seconds[number] = seconds
+    def train(self, plan: Passes, *, apart: bool) -> None:
+        """Both steps of every layer and variant; leaves their files."""
         plan.write(self.out)
+        if apart:
+            parallel.send({"do": "passes", "passes": plan.passes, "left": plan.left})
+            for number, seconds in self.take_passes(plan.passes, plan.left).items():
+                plan.seconds[number] = seconds
+            plan.write(self.out)
+        for number in plan.left:
+            plan.seconds[number] = self._one_pass(plan.passes, number)
+            plan.write(self.out)
+            if plan.left:  # the last pass's checkpoint stands until the run has ended
+                checkpoint_of(self.out, number).unlink(missing_ok=True)
 
     def take_passes(self, passes: Sequence[Sequence[Part]], left: Sequence[int]) -> dict[int, dict[str, float]]:
         """Train some of these passes while other processes train the rest; seconds of each phase of all of them."""
-        mine: dict[int, dict[str, float]] = {}
+        mine: list[tuple[int, dict[str, float]]] = []
         for index in parallel.dealt("passes", len(left)):
             with parallel.alone():
-                mine[left[index]] = self.one_pass(passes, left[index])
-        return {number: seconds for one in parallel.gathered(mine) for number, seconds in one.items()}
+                seconds = self._one_pass(passes, left[index])
+                note_done(self.out, left[index], seconds)
+            mine.append((left[index], seconds))
+        return {number: seconds for one in parallel.gathered(mine) for number, seconds in one}
 
     # Phases
 
-    def one_pass(self, passes: Sequence[Sequence[Part]], number: int) -> dict[str, float]:
+    def _one_pass(self, passes: Sequence[Sequence[Part]], number: int) -> dict[str, float]:
         """Both steps of one pass, from its checkpoint on if there is one; seconds of each phase."""
         saved = checkpoint.load(path := checkpoint_of(self.out, number))
         if len(passes) > 1:
@@ -129,9 +142,12 @@ class Runner:
                 for name in ("metrics.jsonl", "report.json"):
                     (self._folder(job) / name).unlink(missing_ok=True)
         else:
-            seconds = dict(saved[1].notes.get("seconds", {}))
+            notes = saved[1].notes
+            if {*notes["k"], *notes["stopped"]} != {job.name for job in jobs}:
+                raise UserError(f"{path} is of other layers than {FILE} says; remove it to begin the pass anew")
+            seconds = dict(notes["seconds"])
             for job in jobs:  # a target has changed it
-                job.query.k, job.key.k = saved[1].notes.get("k", {}).get(job.name, (job.query.k, job.key.k))
+                job.query.k, job.key.k = notes["k"].get(job.name, (job.query.k, job.key.k))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
         if reached == 0 and not self.jobs.given:
             if phases and self.config.pairs.method == "mask" and not (saved and saved[1].done):
@@ -154,7 +170,7 @@ class Runner:
                 self._fit(phase.name, maps, phase.tokens, path, seconds, saved, stopped)
             else:
                 if self.config.pairs.method == "mask":
-                    maps = self.jobs.masks(maps, others_done=number > 0)
+                    maps = self.jobs.masks(maps, others_done=not before_step2(self.out))
                 else:
                     maps = [self.jobs.following(job, phase) for job in maps]
                 self._fit(phase.name, maps, phase.tokens, path, seconds, None, stopped)
@@ -259,10 +275,10 @@ class Runner:
             path.unlink(missing_ok=True)
 
 
-def spreads(config: RunConfig, parts: int) -> bool:
-    """Whether each of several processes is to train layers and variants of its own, where there are so many."""
-    asked = config.training.spread
-    return parallel.size() > 1 and (asked == "layers" or (asked == "auto" and parts >= parallel.size()))
+def spreads(config: RunConfig, passes: int) -> bool:
+    """Whether each of several processes is to take some of so many passes for itself."""
+    asked, size = config.training.spread, parallel.size()
+    return size > 1 and passes > 1 and (asked == "layers" or (asked == "auto" and 2 * passes > size))
 
 
 def require_rows(config: RunConfig) -> None:

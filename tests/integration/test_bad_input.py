@@ -243,13 +243,31 @@ def test_a_folder_stays_locked_while_any_process_of_a_run_writes(
             patch.setattr(parallel, "_world", parallel.World(None, 0, 2))
             with claimed(out):
                 (out / "config.yaml").touch()
-                other.enter_context(shared(out))
+                assert other.enter_context(shared(out))
                 with pytest.raises(UserError, match="another process is writing there"), claimed(out):
                     pass
         call(words(out)).complaint("--out", "another process is writing there")
+    with claimed(out), shared(out) as held:
+        assert not held
     (out / "config.yaml").unlink()
-    with claimed(out), pytest.raises(UserError, match="another process is writing there"), shared(out):
+    with claimed(out):
         pass
+
+
+@pytest.mark.parametrize("why", ["is missing", "is read-only", "knows no locks"])
+def test_a_folder_that_another_process_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    number = {"is missing": errno.ENOENT, "is read-only": errno.EROFS, "knows no locks": errno.ENOLCK}[why]
+
+    def refuse(*args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    if why == "is read-only":
+        monkeypatch.setattr(os, "open", refuse)
+    elif why == "knows no locks":
+        (tmp_path / ".lock").touch()
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    with shared(tmp_path) as held:
+        assert not held
 
 
 def test_out_cannot_be_locked(words: Words, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +304,24 @@ def test_evaluating_a_member_of_a_sweep_that_is_locked(run: Callable[..., Path],
     call(["evaluate", str(out / "k2")]).complaint(f"{out / 'k2'}: ", "is not finished")
     (out / "checkpoint.safetensors").unlink()
     assert call(["evaluate", str(out / "k2")]).status == 0
+
+
+def test_a_member_of_a_sweep_is_held_by_its_lock(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run({"sweep.k": (2, 4), "layers": 0, "pairs.method": "importance"})
+    monkeypatch.setattr(parallel, "_world", parallel.World(None, 0, 2))
+    with claimed(out / "k2"), shared(out / "k2") as held:
+        assert held
+        with pytest.raises(UserError), claimed(out):
+            pass
+
+
+def test_a_persons_own_checkpoint_is_none_of_the_runs(run: Callable[..., Path], call: Callable) -> None:
+    out = run({"layers": 0, "pairs.method": "importance"})
+    mine = out / "checkpoint_of_monday.safetensors"
+    mine.write_bytes(b"")
+    assert call(["evaluate", str(out)]).status == 0 and mine.exists()
+    (out / "checkpoint_3.safetensors").write_bytes(b"")
+    call(["evaluate", str(out)]).complaint(f"{out}: ", "is not finished")
 
 
 # In the middle of a run

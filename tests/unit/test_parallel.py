@@ -202,22 +202,24 @@ def test_too_few_sequences_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spread", "size", "parts", "wanted"),
+    ("spread", "size", "passes", "wanted"),
     [
         ("auto", 1, 9, False),
-        ("auto", 3, 2, False),
-        ("auto", 3, 3, True),
+        ("auto", 4, 2, False),
+        ("auto", 3, 2, True),
+        ("auto", 2, 1, False),
         ("text", 3, 9, False),
-        ("layers", 3, 2, True),
+        ("layers", 9, 2, True),
+        ("layers", 9, 1, False),
         ("layers", 1, 2, False),
     ],
 )
-def test_when_layers_are_spread(
-    monkeypatch: pytest.MonkeyPatch, spread: str, size: int, parts: int, wanted: bool
+def test_when_passes_are_spread(
+    monkeypatch: pytest.MonkeyPatch, spread: str, size: int, passes: int, wanted: bool
 ) -> None:
     monkeypatch.setattr(parallel, "_world", parallel.World(None, 0, size) if size > 1 else None)
     config = RunConfig.model_validate({"layers": [1], "training": {"spread": spread}})
-    assert spreads(config, parts) == wanted
+    assert spreads(config, passes) == wanted
 
 
 def taken() -> dict[str, Tensor]:

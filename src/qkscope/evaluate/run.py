@@ -41,6 +41,7 @@ from .report import in_brief, measure, sample_l0
 from .truth import truth_scores
 
 SAMPLE_TOKENS = 65_536  # training tokens behind the mean pattern and the controls' starts
+BESIDE = 1 << 30  # bytes that measuring a layer takes beside what it saw of them
 TRUTH_TOKENS = 32_768  # held-out tokens on which features are compared with known roles ...
 HEAD_BATCHES = 2  # ... and batches of it for the heads: one to choose what is tried, the rest to measure it
 SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
@@ -83,6 +84,7 @@ def evaluate_run(
     ]
     parallel.send({"do": "evaluate", "layers": layers})
     take_layers(folders, layers, sites, reporter, again=again)
+    parallel.gathered(None)  # once all have measured theirs, and left the folder
     for folder in folders.values():
         together = folder / "together.json"
         if len(sites) > 1 and sites[0].has_head and not together.exists():
@@ -90,6 +92,12 @@ def evaluate_run(
         write_page(folder)
     if "" not in folders:
         write_page(next(iter(folders.values())).parent)
+
+
+def memory_of(site: AttentionSite) -> int:
+    """Bytes that measuring one layer takes beside the model."""
+    d, n, g, h = (site.shape[name] for name in "DNGH")
+    return 4 * SAMPLE_TOKENS * (d + (n + 2 * g) * h) + BESIDE
 
 
 def take_layers(
@@ -110,7 +118,6 @@ def take_layers(
             site = next(site for site in sites if site.layer == layer)
             report = _evaluate_layer(layer_folder(folders[name], layer), site, seconds, again)
         reporter.message(f"{title}: {in_brief(report)}")
-    parallel.gathered(None)
 
 
 def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:

@@ -1,0 +1,81 @@
+"""The plan of passes: what is noted beside it, and what a person hears of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qkscope.errors import UserError
+from qkscope.memory import Need, Part
+from qkscope.passes import Passes, checkpoint_of, checkpoints, note_done, planned
+
+PARTS: list[Part] = [(0, ""), (1, ""), (2, "")]
+
+
+def a_plan() -> Passes:
+    return Passes([[part] for part in PARTS], [None, {"step1": 1.5}, None])
+
+
+def test_a_plan_is_read_with_what_was_noted_since(tmp_path: Path) -> None:
+    a_plan().write(tmp_path)
+    assert Passes.read(tmp_path) == a_plan() and a_plan().left == [0, 2]
+    for number in (0, 2):
+        checkpoint_of(tmp_path, number).touch()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint.safetensors", tmp_path / "checkpoint_2.safetensors"]
+    note_done(tmp_path, 2, {"step1": 2.5})
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint.safetensors"]
+    plan = Passes.read(tmp_path)
+    assert plan is not None and plan.seconds == [None, {"step1": 1.5}, {"step1": 2.5}] and plan.left == [0]
+    assert plan.seconds_of == {(0, ""): {}, (1, ""): {"step1": 1.5}, (2, ""): {"step1": 2.5}}
+    plan.write(tmp_path)
+    assert Passes.read(tmp_path) == plan and not list(tmp_path.glob("pass_*"))
+
+
+def test_what_was_noted_of_a_plan_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    note_done(tmp_path, 1, {})
+    assert Passes.read(tmp_path) is None
+    a_plan().write(tmp_path)
+    assert Passes.read(tmp_path) == a_plan()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"passes": [[[0, ""]]]}',
+        '{"passes": [[[0, ""]]], "seconds": []}',
+        '{"passes": [0], "seconds": [null]}',
+    ],
+)
+def test_a_damaged_plan(tmp_path: Path, text: str) -> None:
+    (tmp_path / "passes.json").write_text(text)
+    with pytest.raises(UserError, match=r"passes.json is damaged; remove it and all checkpoints to begin the run anew"):
+        Passes.read(tmp_path)
+
+
+def test_a_note_of_no_pass(tmp_path: Path) -> None:
+    a_plan().write(tmp_path)
+    note_done(tmp_path, 3, {})
+    with pytest.raises(UserError, match="is damaged"):
+        Passes.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "most", "said"),
+    [
+        (1e9, 10e9, 3, "training takes about 3.1 GB beside the model, and 10.0 GB are free"),
+        (1e9, 10e9, 1, ""),  # a pass each, because several processes take them
+        (3e9, 10e9, 1, "training takes about 3.1 GB beside the model, and 10.0 GB are free"),
+        (1e9, 3e9, 3, "training takes about 3.1 GB beside the model, and 3.0 GB are free: 2 passes over the text, of 2, 1 "
+         "pairs of dictionaries"),
+        (1e8, 1e10, 3, ""),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_plan(size: float, free: float, most: int, said: str) -> None:
+    lines: list[str] = []
+    need = Need(dict.fromkeys(PARTS, int(size)), dict.fromkeys(range(3), 0), int(1e8))
+    passes = planned(PARTS, need, int(free), most, lines.append)
+    assert lines == ([said] if said else [])
+    assert sum(passes, []) == PARTS and len(passes) == (2 if ": 2" in said else -(-3 // most))
