@@ -68,8 +68,8 @@ def test_a_note_of_no_pass(tmp_path: Path) -> None:
         (1e9, 10e9, 3, "training takes about 3.1 GB beside the model, and 10.0 GB are free"),
         (1e9, 10e9, 1, ""),  # a pass each, because several processes take them
         (3e9, 10e9, 1, "training takes about 3.1 GB beside the model, and 10.0 GB are free"),
-        (1e9, 3e9, 3, "training takes about 3.1 GB beside the model, and 3.0 GB are free: 2 passes over the text, of 2, "
-         "1 pairs of dictionaries"),
+        (1e9, 3e9, 3, "training takes about 3.1 GB beside the model, and 3.0 GB are free: 2 passes over the text, of "
+         "2, 1 pairs of dictionaries"),
         (1e8, 1e10, 3, ""),
     ],
 )  # fmt: skip
