@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -34,9 +33,7 @@ def main() -> None:
     columns = ["all pairs", *(f"{count:,}" for count in COUNTS)]
     print(f"{'':<26}{'drawn':>6}" + "".join(f"{c:>11}" for c in columns) + f"{'dead q/k':>12}{'step 1, s':>11}")
     for named in args.layers:
-        model, layer, *text = named.split("=")
-        size = replace(SIZES["small"], tokens=args.tokens)
-        bench = LayerBench(model, text[0] if text else "embedded", int(layer), 0, size)
+        bench = LayerBench.named(named, 0, replace(SIZES["small"], tokens=args.tokens))
         for drawn in args.drawn:
             pair_penalty.DRAWN = drawn
             job = bench.step1("job", DictionaryConfig(width=args.width, k=args.k))
@@ -45,7 +42,7 @@ def main() -> None:
             kls = [kl_of(whole)]
             kls += [kl_of(bench.judge(made)) for _, _, made, _ in bench.prune(job, COUNTS, args.tokens, ("tune",))]
             dead = "/".join(f"{whole[f'dead_{side}']['mean']:.0%}" for side in ("query", "key"))
-            name = f"{Path(model).name} layer {layer}"
+            name = bench.title
             print(f"{name:<26}{drawn:>6}{''.join(f'{kl:>11.4f}' for kl in kls)}{dead:>12}{seconds:>11.0f}", flush=True)
 
 

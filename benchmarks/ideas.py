@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,10 +227,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, dict[str, list[float]]] = {}
     for named in args.layers:
-        model, layer, *text = named.split("=")
-        size = replace(SIZES["small"], tokens=args.tokens)
-        bench = LayerBench(model, text[0] if text else "embedded", int(layer), 0, size)
-        print(f"\n{Path(model).name} layer {layer}", flush=True)
+        bench = LayerBench.named(named, 0, replace(SIZES["small"], tokens=args.tokens))
+        print(f"\n{bench.title}", flush=True)
         for idea in args.ideas:
             job, seconds = trained(bench, idea, config_of(idea, args.k), args.tokens)
             if idea == "merged":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import torch
@@ -31,12 +30,8 @@ def main() -> None:
     torch.set_num_threads(1)
     size = replace(SIZES["small"], tokens=args.tokens)
     for named in args.layers:
-        model, layer, *text = named.split("=")
-        benches = {
-            dtype: LayerBench(model, text[0] if text else "embedded", int(layer), args.seed, size, dtype=dtype)
-            for dtype in get_args(Dtype)
-        }
-        print(f"\n{Path(model).name} layer {layer}, seed {args.seed}", flush=True)
+        benches = {dtype: LayerBench.named(named, args.seed, size, dtype=dtype) for dtype in get_args(Dtype)}
+        print(f"\n{next(iter(benches.values())).title}, seed {args.seed}", flush=True)
         for dtype, bench in benches.items():
             job = bench.step1(dtype, DictionaryConfig(width=size.width, k=args.k))
             seconds = bench.fit([job], size.tokens)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,15 +38,14 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[tuple[str, int], list[float]] = {}
     for named in args.layers:
-        model, layer, *text = named.split("=")
         size = replace(SIZES["small"], tokens=args.tokens)
-        bench = LayerBench(model, text[0] if text else "embedded", int(layer), args.seed, size)
+        bench = LayerBench.named(named, args.seed, size)
         seed = DictionaryConfig(recipe="seed", width=WIDTH, sparsity=size.sparsity)
         base = _row(bench, "seed", *_trained(bench, seed, args.tokens, 1, args.held))
         at_l0 = DictionaryConfig(width=WIDTH, k=base["l0_query"]["mean"], k_key=base["l0_key"]["mean"])
         configs = {"seed": seed, PLAIN: at_l0.model_copy(update={"pair_sparsity": 0.0}), "default": at_l0}
         for reuse in args.reuse:
-            print(f"\n{Path(model).name} layer {layer}, reuse {reuse}", flush=True)
+            print(f"\n{bench.title}, reuse {reuse}", flush=True)
             tokens = args.tokens * (reuse if args.same_text else 1)
             for name in args.recipes:
                 job, seconds = _trained(bench, configs[name], tokens, reuse, args.held)

@@ -43,15 +43,14 @@ def main() -> None:
     size = replace(SIZES["small"], heldout_tokens=args.heldout, batch_tokens=args.batch_tokens, tokens=args.tokens)
     rows: list[dict[str, Any]] = []
     for named in args.layers:
-        model, layer, *text = named.split("=")
         for seed in args.seeds:
-            bench = LayerBench(model, text[0] if text else "embedded", int(layer), seed, size)
-            print(f"\n{Path(model).name} layer {layer}, seed {seed}", flush=True)
+            bench = LayerBench.named(named, seed, size)
+            print(f"\n{bench.title}, seed {seed}", flush=True)
             for variant in args.variants:
                 job = bench.step1("job", DictionaryConfig(**{**values_of(args.base), **values_of(variant)}))
                 seconds = bench.fit([job], args.tokens)
                 row = {"dictionary": variant or "base", "method": "", "seconds": seconds, **bench.judge(job)}
-                rows.append({"model": Path(model).name, "layer": int(layer), "seed": seed, **row})
+                rows.append({"layer": bench.title, "seed": seed, **row})
                 print(row_line(row), flush=True)
     print("\nKL relative to the first variant's, geometric mean over layers and seeds, least and most:")
     first = [kl_of(row) for row in rows[:: len(args.variants)]]

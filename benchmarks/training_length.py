@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +34,9 @@ def main() -> None:
     baselines = {"seed": seed, "seed, default's start": seed.model_copy(update={"start": "projection"})}
     ratios: list[str] = []
     for named in args.layers:
-        model, layer, *text = named.split("=")
         for tokens in args.tokens:
-            bench = LayerBench(
-                model, text[0] if text else "embedded", int(layer), args.seed, replace(SIZES["small"], tokens=tokens)
-            )
-            where = f"{Path(model).name} layer {layer}, {tokens:,} tokens"
+            bench = LayerBench.named(named, args.seed, replace(SIZES["small"], tokens=tokens))
+            where = f"{bench.title}, {tokens:,} tokens"
             print(f"\n{where}", flush=True)
             cells = []
             for name, config in baselines.items():

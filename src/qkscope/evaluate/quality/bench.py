@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from ...attention import AttentionSite, harvest
 from ...config import DataConfig, DictionaryConfig, Dtype, RunConfig, TrainingConfig
 from ...data import Sequences
-from ...data.documents import Split
+from ...data.documents import EMBEDDED, Split
 from ...decomposition import SIDES, Decomposition, SiteShape
 from ...models import load_model
 from ...pairs.tune import MapJob
@@ -70,7 +71,7 @@ class LayerBench(Workbench):
     """One layer of one model, its text, and what is trained on it."""
 
     def __init__(self, model: str, source: str, layer: int, seed: int, size: Size, *, dtype: Dtype = "float32") -> None:
-        self.seed, self.size = seed, size
+        self.title, self.seed, self.size = f"{Path(model).name} layer {layer}", seed, size
         self.model, self.tokenizer = load_model(model, dtype=dtype)
         self.site = AttentionSite(self.model, self.tokenizer, layer=layer)
         self.data = DataConfig(source=source, context=size.context)
@@ -84,6 +85,12 @@ class LayerBench(Workbench):
             ),
         )
         self.heldout = list(self.text("heldout", repeat=False, most=size.heldout_tokens))
+
+    @classmethod
+    def named(cls, name: str, seed: int, size: Size, *, dtype: Dtype = "float32") -> LayerBench:
+        """Of `MODEL=LAYER=TEXT`, or of `MODEL=LAYER` on the embedded corpus."""
+        model, layer, *text = name.split("=")
+        return cls(model, text[0] if text else EMBEDDED, int(layer), seed, size, dtype=dtype)
 
     def text(self, split: Split, *, repeat: bool, most: int | None = None) -> Sequences:
         return Sequences(
