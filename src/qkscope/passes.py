@@ -2,10 +2,10 @@
 
 Several processes that each take passes of their own have more of them, each with fewer.
 
-The plan stands in passes.json from before the first pass until the run has ended. A layer's last bits depend on which
-others are read beside it, so a run that goes on keeps to its plan, however much memory is free by then and however many
-processes there are. And what a layer's folder holds before its pass is done is not what the pass ends with, be there a
-checkpoint or not.
+The plan stands in passes.json from before the first pass until the run has ended, and beside it, for each pass that is
+done, what it took. A layer's last bits depend on which others are read beside it, so a run that goes on keeps to its
+plan, however much memory is free by then and however many processes there are. And what a layer's folder holds before
+its pass is done is not what the pass ends with, be there a checkpoint or not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
@@ -42,50 +42,61 @@ class Passes:
     """The plan, and how far it is."""
 
     passes: list[list[Part]]
-    seconds: list[dict[str, float] | None]
-    """Of each phase of each pass; None for a pass that is not done."""
+    done: dict[int, dict[str, float]]
+    """By the number of each pass that is done, the seconds of its phases."""
 
     @property
     def left(self) -> list[int]:
         """Passes that are not done."""
-        return [n for n, seconds in enumerate(self.seconds) if seconds is None]
+        return [number for number in range(len(self.passes)) if number not in self.done]
 
     @property
-    def seconds_of(self) -> dict[Part, dict[str, float]]:
-        """Of each part, those of the pass that it shared with others."""
-        return {part: seconds or {} for parts, seconds in zip(self.passes, self.seconds, strict=True) for part in parts}
+    def seconds(self) -> dict[Part, dict[str, float]]:
+        """Of each part whose pass is done, those of the pass."""
+        return {part: seconds for number, seconds in self.done.items() for part in self.passes[number]}
 
     @classmethod
     def read(cls, out: Path) -> Passes | None:
-        """The plan that stands in a run's folder, and what was noted since; `UserError` for one that is damaged."""
-        path, notes = out / FILE, _files(out, NOTE)
+        """The plan that stands in a run's folder, and what is done of it; `UserError` for one that is damaged."""
+        path = out / FILE
         if not path.exists():
-            for note in notes.values():  # of a plan that is gone
-                note.unlink()
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             passes = [[(int(layer), str(name)) for layer, name in one] for one in values["passes"]]
-            seconds = [None if one is None else dict(one) for one in values["seconds"]]
-            for number, note in notes.items():
-                seconds[number] = json.loads(note.read_text(encoding="utf-8"))
-            if len(seconds) != len(passes):
+            notes = _files(out, NOTE).items()
+            done = {number: json.loads(note.read_text(encoding="utf-8")) for number, note in notes}
+            if not done.keys() <= set(range(len(passes))):
                 raise ValueError
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return cls(passes, done)
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; remove it and all checkpoints to begin the run anew") from None
-        return cls(passes, seconds)
 
     def write(self, out: Path) -> None:
-        """What was noted is in it by now."""
-        write_json(out / FILE, asdict(self))
+        """The plan alone."""
+        write_json(out / FILE, {"passes": self.passes})
+
+    def undo(self, out: Path, number: int) -> None:
+        """A file of this pass was lost."""
+        _note_of(out, number).unlink()
+        del self.done[number]
+
+
+def note_done(out: Path, number: int, seconds: dict[str, float]) -> None:
+    """Say of one pass that it is done, beside the plan: several processes may do so."""
+    write_json(_note_of(out, number), seconds)
+    checkpoint_of(out, number).unlink(missing_ok=True)
+
+
+def forget(out: Path) -> None:
+    """Remove what was noted of a plan that is there no more."""
+    if not (out / FILE).exists():
         for note in _files(out, NOTE).values():
             note.unlink()
 
 
-def note_done(out: Path, number: int, seconds: dict[str, float]) -> None:
-    """Where several processes write in the folder, each says of its own passes when they are done."""
-    write_json(out / f"pass_{number}.json", seconds)
-    checkpoint_of(out, number).unlink(missing_ok=True)
+def _note_of(out: Path, number: int) -> Path:
+    return out / f"pass_{number}.json"
 
 
 def checkpoint_of(out: Path, number: int) -> Path:

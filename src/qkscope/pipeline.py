@@ -6,13 +6,11 @@ that checkpoint, so the same command after a kill at any moment goes on and ends
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
@@ -24,16 +22,17 @@ from .decomposition import Decomposition
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
 from .evaluate.run import evaluate_run, memory_of, take_layers
-from .files import disk_errors, remove_leftovers
+from .files import remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
 from .memory import USED, free_memory
 from .models import load_model, number_of_layers
-from .passes import Passes
+from .passes import Passes, forget
 from .progress import Reporter
 from .run_folder import (
     TRAINED,
     claimed,
     layer_folder,
+    marked,
     plain,
     recorded,
     require_same,
@@ -91,8 +90,7 @@ def follow(quiet: bool = False) -> RunConfig | None:
             told, tensors = message
             match told["do"]:
                 case "look":
-                    held = folder.enter_context(shared(out)) and os.path.exists(told["at"])
-                    if not _look(held, device)[0]:
+                    if not _look(folder.enter_context(shared(out, told["word"])), device)[0]:
                         folder.close()
                 case "train":
                     runner.take_part(told, tensors)
@@ -105,19 +103,6 @@ def follow(quiet: bool = False) -> RunConfig | None:
                 case other:
                     raise AssertionError(other)
     return config
-
-
-def _lead_look(out: Path, device: torch.device) -> tuple[bool, int]:
-    """`_look` of the first process, with what the others look for."""
-    if parallel.size() == 1:
-        return _look(True, device)
-    at = out.absolute() / f".{uuid4().hex}.0.tmp"  # another machine may have a folder of that name, but not this in it
-    with disk_errors(at):
-        at.touch()
-    parallel.send({"do": "look", "at": str(at)})
-    found = _look(True, device)
-    at.unlink()
-    return found
 
 
 def _look(held: bool, device: torch.device) -> tuple[bool, int]:
@@ -136,6 +121,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         config = names.get("", config)  # resolved: what config.yaml holds
         there = require_same(out, config)
         remove_leftovers(out)
+        forget(out)
         finished = Run(out, config)
         if there and _has_all(finished, (*TRAINED, "report.json")) and (out / "report.html").exists():
             reporter.message(f"{out} is already finished; its report is {out / 'report.html'}")
@@ -154,8 +140,10 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         require_target(config, names.values(), sites)
         features = {} if trained else _features(config, sites)
         runner = Runner(config, names, out, sites, features, reporter)
-        seen_by_all, free = _lead_look(out, device)
-        plan, apart = (Passes([], []), False) if trained else runner.plan(seen_by_all=seen_by_all, free=free)
+        if parallel.size() > 1:
+            parallel.send({"do": "look", "word": marked(out)})
+        seen_by_all, free = _look(True, device)
+        plan, apart = (Passes([], {}), False) if trained else runner.plan(seen_by_all=seen_by_all, free=free)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
         for layer, (query, _) in features.items():
             shapes[layer]["reads"] = query.reading.model_dump()
@@ -164,14 +152,14 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
                 write_config(out / name, single, shapes, str(device))
         if not trained:
             runner.train(plan, apart=apart)
-        fits = max(map(memory_of, sites)) <= USED * free
-        if parallel.size() > 1 and not (seen_by_all and fits):
+        if parallel.size() > 1 and not (seen_by_all and max(map(memory_of, sites)) <= USED * free):
             why = "have the memory for it" if seen_by_all else f"see {out} and can write there"
             reporter.message(f"not all processes {why}: the first one measures alone")
             parallel.leave()
-        evaluate_run(finished.folders, sites, reporter, seconds=plan.seconds_of)
-        for path in unfinished(out):  # the plan last: it says that all passes are done
+        evaluate_run(finished.folders, sites, reporter, seconds=plan.seconds)
+        for path in unfinished(out):  # the plan last: with what is noted beside it, it says that all passes are done
             path.unlink()
+        forget(out)
         reporter.message(f"report: {out / 'report.html'}")
     return finished
 

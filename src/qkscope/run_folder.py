@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import transformers
@@ -71,15 +72,23 @@ def _locked(file: int, kind: int) -> bool:
     return False
 
 
+def marked(out: Path) -> str:
+    """A word in the lock of a folder that is held, by which other processes know that it is this one."""
+    word = uuid4().hex
+    with disk_errors(out):
+        (owner(out) / ".lock").write_text(word)
+    return word
+
+
 @contextmanager
-def shared(out: Path) -> Iterator[bool]:
-    """Hold a folder that the first of several processes has claimed, in another one of them; whether that can be."""
+def shared(out: Path, word: str) -> Iterator[bool]:
+    """Hold a folder that the first of several processes has claimed and marked, in another one; whether that can be."""
     with ExitStack() as stack:
         held = False
         with suppress(OSError):  # it is not there, or not to be written
             lock = os.open(owner(out) / ".lock", os.O_RDWR)
             stack.callback(os.close, lock)
-            held = _locked(lock, fcntl.LOCK_SH)
+            held = _locked(lock, fcntl.LOCK_SH) and os.read(lock, 99).decode() == word
         yield held
 
 
@@ -123,7 +132,7 @@ def require_same(out: Path, config: RunConfig) -> bool:
     there, here = (_flat(plain(one)) for one in (build(read_run(out)["run"], str(out / "config.yaml")), config))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key) and key not in FREE:
-            if key in FREE_AFTER_STEP1 and before_step2(out):
+            if key in FREE_AFTER_STEP1 and _before_step2(out):
                 continue
             raise UserError(
                 f"--out {out}: holds another run ({key} is {there.get(key)!r} there, {here.get(key)!r} here); "
@@ -132,7 +141,7 @@ def require_same(out: Path, config: RunConfig) -> bool:
     return True
 
 
-def before_step2(out: Path) -> bool:
+def _before_step2(out: Path) -> bool:
     """Whether nothing is there yet of what follows from step 1."""
     saved = filter(None, map(checkpoint.progress, passes.checkpoints(out)))
     return all(one.phase == "step1" for one in saved) and not any(out.rglob("pairs.parquet"))

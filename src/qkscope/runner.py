@@ -28,7 +28,7 @@ from .memory import Need, Part
 from .pairs.phases import Phase, phases_of
 from .passes import FILE, Passes, checkpoint_of, note_done, planned
 from .progress import Reporter
-from .run_folder import TRAINED, before_step2, layer_folder
+from .run_folder import TRAINED, layer_folder
 from .target import bounds_of, cost_of
 from .training import checkpoint
 from .training.checkpoint import Progress
@@ -68,23 +68,31 @@ class Runner:
                 f"--out {self.out}: not all processes see it and can write there; name a folder on a disk that they "
                 "share, or give --training.spread text"
             )
-        plan = Passes.read(self.out)
-        if plan is None:
+        began = Passes.read(self.out)
+        if not (plan := began):
             parts = self.jobs.parts()
             most = -(-len(parts) // parallel.size())
             apart = seen_by_all and spreads(self.config, -(-len(parts) // most))
-            if checkpoint_of(self.out, 0).exists():
-                passes = [parts]
-            else:
-                passes = self._passes(parts, most if apart else len(parts), free, together=not apart)
-            plan = Passes(passes, [None] * len(passes))
+            plan = Passes(self._passes(parts, most if apart else len(parts), free, together=not apart), {})
         for number, parts in enumerate(plan.passes):
-            if not all(map(self._is_trained, parts)):
-                plan.seconds[number] = None  # a file of it was lost
+            if number in plan.done and not all(map(self._is_trained, parts)):
+                plan.undo(self.out, number)
+        for number in plan.left:
+            self._require_checkpoint_of(plan, number)
         apart = seen_by_all and spreads(self.config, len(plan.left))
-        if plan.left and not apart:
-            require_rows(self.config)
+        if plan.left and not apart and (said := shortage_of_rows(self.config)):
+            if not (began and seen_by_all):
+                raise UserError(said)
+            apart = True  # it was begun so, and can't be ended otherwise
         return plan, apart
+
+    def _require_checkpoint_of(self, plan: Passes, number: int) -> None:
+        """`UserError` for a checkpoint of other layers and variants than the plan says, or a damaged one."""
+        path = checkpoint_of(self.out, number)
+        if at := checkpoint.progress(path):
+            names = {*at.notes.get("k", ()), *at.notes.get("stopped", ())}
+            if names != {job_name(*part) for part in plan.passes[number]}:
+                raise UserError(f"{path} is of other layers than {self.out / FILE} says; remove it to begin them anew")
 
     def _passes(self, parts: Sequence[Part], most: int, free: int, *, together: bool) -> list[list[Part]]:
         """All parts, in passes that fit, of `most` at the most."""
@@ -106,29 +114,25 @@ class Runner:
         plan.write(self.out)
         if apart:
             parallel.send({"do": "passes", "passes": plan.passes, "left": plan.left})
-            for number, seconds in self.take_passes(plan.passes, plan.left).items():
-                plan.seconds[number] = seconds
-            plan.write(self.out)
+            plan.done |= self.take_passes(plan.passes, plan.left)
         for number in plan.left:
-            plan.seconds[number] = self._one_pass(plan.passes, number)
-            plan.write(self.out)
-            if plan.left:  # the last pass's checkpoint stands until the run has ended
-                checkpoint_of(self.out, number).unlink(missing_ok=True)
+            plan.done[number] = self._one_pass(plan.passes, number, others_done=bool(plan.done))
 
     def take_passes(self, passes: Sequence[Sequence[Part]], left: Sequence[int]) -> dict[int, dict[str, float]]:
         """Train some of these passes while other processes train the rest; seconds of each phase of all of them."""
         mine: list[tuple[int, dict[str, float]]] = []
         for index in parallel.dealt("passes", len(left)):
             with parallel.alone():
-                seconds = self._one_pass(passes, left[index])
-                note_done(self.out, left[index], seconds)
-            mine.append((left[index], seconds))
+                mine.append((left[index], self._one_pass(passes, left[index], others_done=True)))
         return {number: seconds for one in parallel.gathered(mine) for number, seconds in one}
 
     # Phases
 
-    def _one_pass(self, passes: Sequence[Sequence[Part]], number: int) -> dict[str, float]:
-        """Both steps of one pass, from its checkpoint on if there is one; seconds of each phase."""
+    def _one_pass(self, passes: Sequence[Sequence[Part]], number: int, *, others_done: bool) -> dict[str, float]:
+        """Both steps of one pass, from its checkpoint on if there is one; seconds of each phase.
+
+        `others_done`: so are passes of other layers, or may soon be.
+        """
         saved = checkpoint.load(path := checkpoint_of(self.out, number))
         if len(passes) > 1:
             self.reporter.message(f"pass {number + 1} of {len(passes)}")
@@ -143,9 +147,7 @@ class Runner:
                     (self._folder(job) / name).unlink(missing_ok=True)
         else:
             notes = saved[1].notes
-            if {*notes["k"], *notes["stopped"]} != {job.name for job in jobs}:
-                raise UserError(f"{path} is of other layers than {FILE} says; remove it to begin the pass anew")
-            seconds = dict(notes["seconds"])
+            seconds = dict(notes.get("seconds", {}))
             for job in jobs:  # a target has changed it
                 job.query.k, job.key.k = notes["k"].get(job.name, (job.query.k, job.key.k))
             self.reporter.message(f"going on from {saved[1].phase}, {saved[1].tokens:,} tokens")
@@ -170,7 +172,7 @@ class Runner:
                 self._fit(phase.name, maps, phase.tokens, path, seconds, saved, stopped)
             else:
                 if self.config.pairs.method == "mask":
-                    maps = self.jobs.masks(maps, others_done=not before_step2(self.out))
+                    maps = self.jobs.masks(maps, others_done=others_done)
                 else:
                     maps = [self.jobs.following(job, phase) for job in maps]
                 self._fit(phase.name, maps, phase.tokens, path, seconds, None, stopped)
@@ -183,6 +185,7 @@ class Runner:
                 break
         for job in maps:
             self._write(self.jobs.selected(job))
+        note_done(self.out, number, seconds)
         return seconds
 
     def _fit(
@@ -281,11 +284,12 @@ def spreads(config: RunConfig, passes: int) -> bool:
     return size > 1 and passes > 1 and (asked == "layers" or (asked == "auto" and 2 * passes > size))
 
 
-def require_rows(config: RunConfig) -> None:
-    """`UserError` where a batch has too few sequences for each of several processes to have one."""
+def shortage_of_rows(config: RunConfig) -> str:
+    """What is wrong where a batch has too few sequences for each of several processes to have one; else nothing."""
     tokens, least = config.training.batch_tokens, parallel.size() * config.data.context
-    if parallel.size() > 1 and tokens < least:
-        raise UserError(
-            f"--training.batch-tokens {tokens}: holds too few sequences of {config.data.context} tokens for "
-            f"{parallel.size()} processes; give {least:,} or more, or start fewer processes"
-        )
+    if parallel.size() == 1 or tokens >= least:
+        return ""
+    return (
+        f"--training.batch-tokens {tokens}: holds too few sequences of {config.data.context} tokens for "
+        f"{parallel.size()} processes; give {least:,} or more, or start fewer processes"
+    )

@@ -27,7 +27,7 @@ from tiny import tiny_model
 from qkscope import Decomposition, UserError, files, parallel
 from qkscope.data.documents import split_of
 from qkscope.pairs import mask
-from qkscope.run_folder import claimed, shared
+from qkscope.run_folder import claimed, marked, shared
 
 Words = Callable[..., list[str]]
 
@@ -243,30 +243,31 @@ def test_a_folder_stays_locked_while_any_process_of_a_run_writes(
             patch.setattr(parallel, "_world", parallel.World(None, 0, 2))
             with claimed(out):
                 (out / "config.yaml").touch()
-                assert other.enter_context(shared(out))
+                assert other.enter_context(shared(out, marked(out)))
                 with pytest.raises(UserError, match="another process is writing there"), claimed(out):
                     pass
         call(words(out)).complaint("--out", "another process is writing there")
-    with claimed(out), shared(out) as held:
+    with claimed(out), shared(out, marked(out)) as held:
         assert not held
     (out / "config.yaml").unlink()
     with claimed(out):
         pass
 
 
-@pytest.mark.parametrize("why", ["is missing", "is read-only", "knows no locks"])
+@pytest.mark.parametrize("why", ["is missing", "is read-only", "knows no locks", "is another"])
 def test_a_folder_that_another_process_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    number = {"is missing": errno.ENOENT, "is read-only": errno.EROFS, "knows no locks": errno.ENOLCK}[why]
+    number = {"is read-only": errno.EROFS, "knows no locks": errno.ENOLCK}.get(why, 0)
 
     def refuse(*args: object) -> int:
         raise OSError(number, os.strerror(number))
 
     if why == "is read-only":
         monkeypatch.setattr(os, "open", refuse)
-    elif why == "knows no locks":
-        (tmp_path / ".lock").touch()
-        monkeypatch.setattr(fcntl, "flock", refuse)
-    with shared(tmp_path) as held:
+    elif why != "is missing":
+        (tmp_path / ".lock").write_text("of another machine's folder" if why == "is another" else "")
+        if why == "knows no locks":
+            monkeypatch.setattr(fcntl, "flock", refuse)
+    with shared(tmp_path, "") as held:
         assert not held
 
 
@@ -309,7 +310,7 @@ def test_evaluating_a_member_of_a_sweep_that_is_locked(run: Callable[..., Path],
 def test_a_member_of_a_sweep_is_held_by_its_lock(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     out = run({"sweep.k": (2, 4), "layers": 0, "pairs.method": "importance"})
     monkeypatch.setattr(parallel, "_world", parallel.World(None, 0, 2))
-    with claimed(out / "k2"), shared(out / "k2") as held:
+    with claimed(out / "k2"), shared(out / "k2", marked(out / "k2")) as held:
         assert held
         with pytest.raises(UserError), claimed(out):
             pass
@@ -361,7 +362,8 @@ def test_activations_that_are_not_finite(words: Words, call: Callable, tmp_path:
     assert f"document {row}, position 30; " in line
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     assert ("at step " in line and "checkpoint is kept" in line) == (split == "train")
-    assert all(t.isfinite().all() for t in load_file(checkpoint).values())
+    kept = checkpoint if split == "train" else tmp_path / "run" / "layer_0" / "dictionaries.safetensors"
+    assert all(t.isfinite().all() for t in load_file(kept).values())
     assert not (tmp_path / "run" / "layer_0" / "report.json").exists()
     assert not list((tmp_path / "run").rglob("*.tmp"))
 

@@ -42,7 +42,9 @@ MOMENTS: dict[str, Moment] = {
     "in the evaluation of the first layer": ("os.rename", "layer_0/features.parquet", 1),
     "in the evaluation of the second layer": ("os.rename", "layer_1/report.json", 1),
     "before the page": ("os.rename", "report.html", 1),
-    "at the very end": ("os.remove", "checkpoint.safetensors", 1),
+    "before its pass is noted": ("os.rename", "pass_0.json", 1),
+    "when its pass is noted": ("os.remove", "checkpoint.safetensors", 1),
+    "at the very end": ("os.remove", "passes.json", 1),
 }
 
 
@@ -174,15 +176,16 @@ def in_passes(
     [
         (ONE, False, ("os.rename", "passes.json", 1)),
         (ONE, False, ("open", "layer_0/metrics.jsonl", STEPS + 2)),
-        (ONE, False, ("os.rename", "passes.json", 2)),  # the first pass is done
+        (ONE, False, ("os.rename", "pass_0.json", 1)),
         (ONE, False, ("os.remove", "checkpoint.safetensors", 1)),
         (ONE, False, ("open", "layer_1/metrics.jsonl", 2)),
         (ONE, False, ("open", "layer_1/metrics.jsonl", STEPS + 2)),
         (ONE, False, ("os.rename", "layer_1/pairs.parquet", 1)),
-        (ONE, False, ("os.rename", "passes.json", 3)),  # the second
+        (ONE, False, ("os.rename", "pass_1.json", 1)),
         (ONE, False, ("os.rename", "layer_1/report.json", 1)),
         (ONE, False, ("os.remove", "checkpoint_1.safetensors", 1)),
         (ONE, False, ("os.remove", "passes.json", 1)),
+        (ONE, False, ("os.remove", "pass_1.json", 1)),  # nothing but what was noted is left
         (TWO, True, ("open", "k3/layer_0/metrics.jsonl", 2)),
         (TWO, True, ("open", "k2/layer_1/metrics.jsonl", STEPS + 2)),
     ],

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import small_runs
 import yaml
 from small_runs import Moment, finish, free_memory, read_json, require_equal, require_like, small_constants
 
+from qkscope import pipeline
 from qkscope.cli import main
 from qkscope.errors import UserError
 from qkscope.runner import Runner
@@ -51,12 +53,11 @@ def command(words: list[str], moment: Moment | None, free: int | None, dies: int
         if rank == fails:
             patch.setattr(Runner, "_one_pass", failing)
         if blind and rank:
-            exists = os.path.exists
-            patch.setattr(os.path, "exists", lambda path: not str(path).endswith(".tmp") and exists(path))
+            patch.setattr(pipeline, "shared", lambda out, word: nullcontext(False))
         main(words)
 
 
-def failing(runner: Runner, *args: Any) -> None:
+def failing(runner: Runner, *args: Any, **options: Any) -> None:
     raise UserError("layer 7: the loss is nan")
 
 
@@ -260,7 +261,7 @@ def test_each_trains_a_layer_otherwise(words: Words, tmp_path: Path, changes: di
 @pytest.mark.parametrize(
     ("dies", "moment"),
     [
-        (0, ("os.rename", "passes.json", 2)),  # all is trained, and noted beside the plan alone
+        (0, ("os.rename", ".json", 2)),  # its pass is done, and not yet noted
         (0, ("open", "/metrics.jsonl", 3)),
         (1, ("open", "/metrics.jsonl", STEPS + 3)),
         (1, ("os.rename", "/report.json", 1)),
@@ -276,8 +277,8 @@ def test_killed_apart(in_passes: Path, words: Words, tmp_path: Path, dies: int, 
     assert codes[dies] == -signal.SIGKILL and codes[1 - dies] == 2
     last = (tmp_path / f"{1 - dies}.err").read_text().splitlines()[-1]
     assert last == "qkscope: another process of this run has ended; give the same command again to go on"
-    left = 2 - len(list(out.glob("pass_*.json"))) if moment[0] == "open" else 0
-    assert left == (moment[0] == "open")
+    left = 2 - len(list(out.glob("pass_*.json")))
+    assert left == (not moment[1].endswith("report.json"))
     assert start(words(out, APART), tmp_path, after) == [0] * after, processes.said(tmp_path, after)
     if after == 1 or not left:
         require_equal_layers(out, in_passes)
@@ -311,6 +312,29 @@ def test_a_file_lost_from_one_pass_is_made_again(in_passes: Path, words: Words, 
     require_like(out, in_passes)
     if size == 1:
         require_equal_layers(out, in_passes)
+
+
+def test_a_last_layer_is_not_refused_for_short_batches(in_passes: Path, words: Words, tmp_path: Path) -> None:
+    """Each had a layer for itself; what is left cannot be shared, and is ended by one."""
+    short = words(tmp_path / "run", {**APART, "training.batch-tokens": 47})
+    assert start(short, tmp_path, 2, ("open", "/metrics.jsonl", 3)) == [-signal.SIGKILL, 2]
+    assert start(short, tmp_path, 2) == [0, 0], processes.said(tmp_path, 2)
+    with free_memory(0):
+        finish(words(tmp_path / "one", {**APART, "training.batch-tokens": 47}))
+    require_equal_layers(tmp_path / "run", tmp_path / "one")
+
+
+def test_a_checkpoint_of_other_layers(words: Words, tmp_path: Path) -> None:
+    """A person has removed the plan, or mixed up two folders."""
+    command = words(tmp_path / "run", SWEEP)
+    small_runs.kill_at(("os.rename", "k3/layer_0/pairs.parquet", 1), command, free=TWO)
+    (tmp_path / "run" / "passes.json").unlink()
+    before = small_runs.tree(tmp_path / "run")
+    assert start(command, tmp_path, 3, free=0) == [2, 2, 2]
+    (line,) = (line for line in processes.said(tmp_path, 3) if line.startswith("qkscope: "))
+    where = tmp_path / "run"
+    assert f"{where / 'checkpoint.safetensors'} is of other layers than {where / 'passes.json'} says; remove it" in line
+    assert small_runs.tree(tmp_path / "run").keys() == {name for name in before if not name.endswith(".tmp")}
 
 
 def test_a_mistake_in_another_process_is_said_once(words: Words, tmp_path: Path) -> None:

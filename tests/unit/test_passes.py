@@ -8,46 +8,44 @@ import pytest
 
 from qkscope.errors import UserError
 from qkscope.memory import Need, Part
-from qkscope.passes import Passes, checkpoint_of, checkpoints, note_done, planned
+from qkscope.passes import Passes, checkpoint_of, checkpoints, forget, note_done, planned
 
 PARTS: list[Part] = [(0, ""), (1, ""), (2, "")]
 
 
 def a_plan() -> Passes:
-    return Passes([[part] for part in PARTS], [None, {"step1": 1.5}, None])
+    return Passes([[part] for part in PARTS], {})
 
 
 def test_a_plan_is_read_with_what_was_noted_since(tmp_path: Path) -> None:
     a_plan().write(tmp_path)
-    assert Passes.read(tmp_path) == a_plan() and a_plan().left == [0, 2]
-    for number in (0, 2):
+    assert Passes.read(tmp_path) == a_plan() and a_plan().left == [0, 1, 2]
+    for number in range(3):
         checkpoint_of(tmp_path, number).touch()
-    assert checkpoints(tmp_path) == [tmp_path / "checkpoint.safetensors", tmp_path / "checkpoint_2.safetensors"]
+    names = ["checkpoint.safetensors", "checkpoint_1.safetensors", "checkpoint_2.safetensors"]
+    assert checkpoints(tmp_path) == [tmp_path / name for name in names]
     note_done(tmp_path, 2, {"step1": 2.5})
-    assert checkpoints(tmp_path) == [tmp_path / "checkpoint.safetensors"]
+    assert checkpoints(tmp_path) == [tmp_path / name for name in names[:2]]
     plan = Passes.read(tmp_path)
-    assert plan is not None and plan.seconds == [None, {"step1": 1.5}, {"step1": 2.5}] and plan.left == [0]
-    assert plan.seconds_of == {(0, ""): {}, (1, ""): {"step1": 1.5}, (2, ""): {"step1": 2.5}}
-    plan.write(tmp_path)
-    assert Passes.read(tmp_path) == plan and not list(tmp_path.glob("pass_*"))
+    assert plan is not None and plan.left == [0, 1] and plan.seconds == {(2, ""): {"step1": 2.5}}
+    plan.undo(tmp_path, 2)
+    assert plan.left == [0, 1, 2] and Passes.read(tmp_path) == plan
 
 
-def test_what_was_noted_of_a_plan_that_is_gone_is_forgotten(tmp_path: Path) -> None:
-    note_done(tmp_path, 1, {})
-    assert Passes.read(tmp_path) is None
+def test_what_was_noted_is_forgotten_with_the_plan_alone(tmp_path: Path) -> None:
     a_plan().write(tmp_path)
-    assert Passes.read(tmp_path) == a_plan()
+    note_done(tmp_path, 1, {})
+    forget(tmp_path)
+    assert Passes.read(tmp_path) == Passes(a_plan().passes, {1: {}})
+    (tmp_path / "passes.json").unlink()
+    assert Passes.read(tmp_path) is None
+    forget(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "[]",
-        '{"passes": [[[0, ""]]]}',
-        '{"passes": [[[0, ""]]], "seconds": []}',
-        '{"passes": [0], "seconds": [null]}',
-    ],
+    ["", "[]", "{}", '{"passes": [0]}', '{"passes": 3}'],
 )
 def test_a_damaged_plan(tmp_path: Path, text: str) -> None:
     (tmp_path / "passes.json").write_text(text)

@@ -102,8 +102,8 @@ def train(
     counted, since, clock = 0, at.tokens, time.monotonic()
 
     def keep() -> None:
-        at.text, at.logs = stream.state(), logs.lengths()
         if leads:
+            at.text, at.logs = stream.state(), logs.lengths()
             checkpoint.save(checkpoint_path, jobs, optimizers, at)
 
     while at.tokens < tokens:
