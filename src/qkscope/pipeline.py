@@ -133,6 +133,8 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         parallel.send(told)
         together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
         reporter.message(f"loading {config.model}{together}")
+        if said := _idle(device):
+            reporter.message(said)
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
         check_text(config.data, tokenizer)
         sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
@@ -162,6 +164,13 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         forget(out)
         reporter.message(f"report: {out / 'report.html'}")
     return finished
+
+
+def _idle(device: torch.device) -> str:
+    """What a person may want to know of GPUs that a single process leaves idle; else nothing."""
+    if device != torch.device("cuda") or parallel.size() > 1 or (number := torch.cuda.device_count()) < 2:
+        return ""
+    return f"one of {number} GPUs is used; torchrun --nproc-per-node {number} -m qkscope run ... uses all"
 
 
 def _given(config: RunConfig) -> bool:

@@ -27,6 +27,7 @@ from qkscope.errors import UserError
 from qkscope.pairs.mask import MaskJob
 from qkscope.pairs.tune import MapJob
 from qkscope.pattern import AttentionInputs
+from qkscope.pipeline import _idle
 from qkscope.runner import shortage_of_rows, spreads
 from qkscope.training.job import Job
 from qkscope.training.loop import Logs, _update, train
@@ -251,6 +252,17 @@ def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [parallel.device_name(name) for name in ("cpu", "cuda")] == ["cpu", "cuda:3"]
     with pytest.raises(UserError, match=r"--training.device cuda:1: each of 8 processes"):
         parallel.device_name("cuda:1")
+
+
+def test_gpus_that_are_left_idle_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    said = "one of 4 GPUs is used; torchrun --nproc-per-node 4 -m qkscope run ... uses all"
+    assert [_idle(torch.device(name)) for name in ("cuda", "cuda:1", "cpu")] == [said, "", ""]
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "_world", parallel.World(None, 0, 4))
+        assert _idle(torch.device("cuda")) == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _idle(torch.device("cuda")) == ""
 
 
 # The loop --------------------------------------------------------------------------------------------
