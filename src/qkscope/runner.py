@@ -135,7 +135,9 @@ class Runner:
         """
         saved = checkpoint.load(path := checkpoint_of(self.out, number))
         if len(passes) > 1:
-            self.reporter.message(f"pass {number + 1} of {len(passes)}")
+            layers = list(dict.fromkeys(str(layer) for layer, _ in passes[number]))
+            named = f"layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
+            self.reporter.message(f"pass {number + 1} of {len(passes)}: {named}")
         seconds: dict[str, float] = {}
         jobs: list[Any] = self.jobs.first(passes[number])
         phases = phases_of(self.config.pairs, target=self.config.target.given)

@@ -151,7 +151,8 @@ def test_killed_in_a_sweep(killed: Callable[..., Path], moment: Moment) -> None:
 
 
 SWEEP = {"sweep.k": (2, 3)}
-ONE, TWO = 0, 1_175_000  # bytes that hold one pair of dictionaries at a time; the two of a layer
+# Bytes that hold one pair of dictionaries at a time; the two of a layer; one more.
+ONE, TWO, THREE = 0, 1_175_000, 1_455_000
 
 
 @pytest.fixture(scope="module")
@@ -243,13 +244,20 @@ def test_several_passes_find_what_one_does(
 
 def test_passes_are_said_beforehand(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:
     short = {"training.tokens": 200, "pairs.method": "importance"}
-    for free, changes, passes in ((10**9, {}, ""), (ONE, {}, "2 passes over the text, of 1, 1"), (TWO, SWEEP, "2, 2")):
+    both = "2 passes over the text, of 1, 1"
+    for free, changes, passes, second in (
+        (10**9, {}, "", ""),
+        (ONE, {}, both, "pass 2 of 2: layer 1"),
+        (TWO, SWEEP, "2, 2", "pass 2 of 2: layer 1"),
+        (THREE, SWEEP, "3, 1", "pass 2 of 2: layer 1"),
+    ):
         with free_memory(free):
             said = call(words(tmp_path / f"{free}", {**short, **changes}))
         assert said.status == 0
         beside = [line for line in said.lines if line.startswith("training takes about")]
         assert len(beside) == bool(passes) and all(f"{passes} pairs of dictionaries" in line for line in beside)
-        assert ("pass 2 of 2" in said.lines) == bool(passes)
+        assert [line for line in said.lines if line.startswith("pass 2 of ")] == [second] * bool(second)
+        assert ("pass 1 of 2: layers 0, 1" in said.lines) == (free == THREE)
 
 
 def test_a_damaged_plan_is_said(words: Callable[..., list[str]], call: Callable, tmp_path: Path) -> None:
