@@ -21,7 +21,7 @@ from .pairs.pair_map import Pairs, rows, weight_strength
 from .pairs.phases import Phase
 from .pairs.selection import fewest, map_kl, mattering, top
 from .pairs.tune import MapJob
-from .progress import Reporter
+from .progress import Reporter, title
 from .target import Bounds, Cost, bounds_of, step1_kl
 from .training.job import Job
 from .training.start import label_seed, side_statistics, start
@@ -31,10 +31,6 @@ from .training.stream import harvest_finite
 
 START_TOKENS = 8192  # training tokens that a start is fitted to
 STEER_TOKENS = 4096  # validation tokens on which a bound on cross-entropy becomes one on KL
-
-
-def title(job: Job) -> str:
-    return f"{job.variant} layer {job.layer}".strip()
 
 
 class Jobs:
@@ -139,7 +135,7 @@ class Jobs:
             batches = self.validation(STEER_TOKENS)
             kl = step1_kl(bounds, target.share, job.query, job.key, x_nD, self.site(job.layer), batches)
             job.steering = Steering(kl, self.config.training)
-            self.reporter.message(f"{title(job)}: step 1 is steered to a pattern KL of {kl:.4f}")
+            self.reporter.message(f"{title(job.layer, job.variant)}: step 1 is steered to a pattern KL of {kl:.4f}")
 
     def calibrate(self, job: Job) -> None:
         """Thresholds as they are after the last step, on training text."""
@@ -210,7 +206,9 @@ class Jobs:
                 return map_kl(self._map(job, pairs.take(top(importance, n))), validation)
 
             n, kl = fewest(len(pairs), settings.max_kl, kl_at)
-            self.reporter.message(f"{title(job)}: {n:,} pairs, {Cost(kl).said(Bounds(settings.max_kl))}")
+            self.reporter.message(
+                f"{title(job.layer, job.variant)}: {n:,} pairs, {Cost(kl).said(Bounds(settings.max_kl))}"
+            )
             pairs = pairs.take(top(importance, n))
         return self._map(job, pairs)
 

@@ -28,13 +28,18 @@ SAID = 2e9  # bytes of training beside the model from which on a person is told
 def planned(parts: Sequence[Part], need: Need, free: int, most: int, say: Callable[[str], None]) -> list[list[Part]]:
     """The parts in passes of `most` at the most that fit in `free` bytes; what they take is said where it is much."""
     passes = need.passes(parts, free, most)
-    wanted = [parts[at : at + most] for at in range(0, len(parts), most)]
+    wanted = in_groups(parts, most)
     bytes_, short = max(map(need.of, wanted)), len(passes) > len(wanted)
     if short or bytes_ > SAID:
         said = f"training takes about {bytes_ / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free"
         counts = ", ".join(str(len(one)) for one in passes)
         say(said + (f": {len(passes)} passes over the text, of {counts} pairs of dictionaries" if short else ""))
     return passes
+
+
+def in_groups(parts: Sequence[Part], most: int) -> list[list[Part]]:
+    """Neighbours together, so many at the most."""
+    return [list(parts[at : at + most]) for at in range(0, len(parts), most)]
 
 
 @dataclass

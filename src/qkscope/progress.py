@@ -46,7 +46,8 @@ class Reporter:
         """A logged step of one job: its `name`, `phase`, `tokens` of `total`, and what it measured."""
         if self.quiet:
             return
-        label, facts = f"{line['phase']} {_title(line['name'])}", describe(line)
+        variant, layer = line["name"].rsplit("|", 1)  # of a job: training/job.py
+        label, facts = f"{line['phase']} {title(layer, '' if variant == 'run' else variant)}", describe(line)
         if self.progress is not None:
             if label not in self.tasks:
                 self.tasks[label] = self.progress.add_task(label, total=line["total"], facts="")
@@ -59,9 +60,9 @@ class Reporter:
             print(f"{label}  {share:4.0%}  {facts}", file=sys.stderr, flush=True)
 
 
-def _title(name: str) -> str:
-    variant, layer = name.rsplit("|", 1)
-    return f"layer {layer}" if variant == "run" else f"{variant} layer {layer}"
+def title(layer: int | str, variant: str) -> str:
+    """What a person hears of a layer of a variant ('' without a sweep)."""
+    return f"{variant} layer {layer}".strip()
 
 
 def describe(line: dict[str, Any]) -> str:

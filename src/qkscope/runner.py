@@ -23,11 +23,11 @@ from .config import RunConfig
 from .decomposition import save_transcoders
 from .errors import UserError
 from .foreign.carry import Sides
-from .jobs import Jobs, title
+from .jobs import Jobs
 from .memory import Need, Part
 from .pairs.phases import Phase, phases_of
-from .passes import FILE, Passes, checkpoint_of, note_done, planned
-from .progress import Reporter
+from .passes import FILE, Passes, checkpoint_of, in_groups, note_done, planned
+from .progress import Reporter, title
 from .run_folder import TRAINED, layer_folder
 from .target import bounds_of, cost_of
 from .training import checkpoint
@@ -97,7 +97,7 @@ class Runner:
     def _passes(self, parts: Sequence[Part], most: int, free: int, *, together: bool) -> list[list[Part]]:
         """All parts, in passes that fit, of `most` at the most."""
         if self.jobs.given:  # they are there, and nothing but strengths is trained between them
-            return [list(parts[at : at + most]) for at in range(0, len(parts), most)]
+            return in_groups(parts, most)
         names = {name: single.dictionary for name, single in self.jobs.names.items()}
         shapes = {site.layer: site.shape for site in self.sites}
         need = Need.of_training(
@@ -258,7 +258,7 @@ class Runner:
             good = cost.within(bounds)
             if good or not phase.spare:  # at the first one there is nothing larger to fall back to
                 made.save(self._folder(job))
-                self.reporter.message(f"{title(job)}: {len(job.pairs):,} pairs, {cost.said(bounds)}")
+                self.reporter.message(f"{title(job.layer, job.variant)}: {len(job.pairs):,} pairs, {cost.said(bounds)}")
             if good:
                 going.append(job.train())
         return going, [*stopped, *(j.name for j in jobs if j not in going)]

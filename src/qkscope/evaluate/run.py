@@ -24,7 +24,7 @@ from ..kernels.row_kl import exp
 from ..memory import Part
 from ..models import load_model
 from ..pattern import PatternSource
-from ..progress import Reporter
+from ..progress import Reporter, title
 from ..run_folder import claimed, layer_folder, require_finished, variants
 from ..tables.distance_table import write_distances
 from ..tables.examples import Examples, token_texts
@@ -111,13 +111,12 @@ def take_layers(
     """Measure some of these layers of variants, each with its seconds, while other processes measure the rest."""
     for index in parallel.dealt("evaluation", len(layers)):
         name, layer, seconds = layers[index]
-        title = f"{name} layer {layer}".strip()
-        reporter.message(f"evaluating {title} on held-out text")
+        reporter.message(f"evaluating {title(layer, name)} on held-out text")
         with parallel.alone():
             (folders[name] / "together.json").unlink(missing_ok=True)  # it was of another decomposition of this layer
             site = next(site for site in sites if site.layer == layer)
             report = _evaluate_layer(layer_folder(folders[name], layer), site, seconds, again)
-        reporter.message(f"{title}: {in_brief(report)}")
+        reporter.message(f"{title(layer, name)}: {in_brief(report)}")
 
 
 def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
