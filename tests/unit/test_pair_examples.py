@@ -99,8 +99,9 @@ def test_blocks_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     inputs = some_inputs(seed=5, **{"batch": 3, **LAYERS[name]})
     dec = some_decomposition(inputs)
     found = []
-    for terms in (1 << 17, 1, 300):
-        monkeypatch.setattr(pair_examples, "BLOCK_TERMS", terms)
+    for n_terms, n_rows in ((1 << 17, 1 << 18), (1, 1), (300, 40)):
+        monkeypatch.setattr(pair_examples, "BLOCK_TERMS", n_terms)
+        monkeypatch.setattr(pair_examples, "BLOCK_ROWS", n_rows)
         examples = Examples(dec, 0, pairs=2)
         examples.add(a_batch(inputs), acts_of(dec, inputs), inputs)
         found.append(examples.pairs.best)
@@ -108,6 +109,51 @@ def test_blocks_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         close(other.payload["effect"], found[0].payload["effect"], 1e-6)
         assert torch.equal(other.payload["query_position"], found[0].payload["query_position"])
         assert torch.equal(other.payload["key_position"], found[0].payload["key_position"])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_effect_exceeds_its_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_examples, "WORTH", 1 << 40)
+    for seed in range(4):
+        inputs = some_inputs(seed=seed, size=4.0**seed / 4, **{"batch": 3, **LAYERS[name]})
+        dec = some_decomposition(inputs)
+        examples = Examples(dec, 0, pairs=1)
+        terms = terms_of(examples, inputs, a_batch(inputs))
+        for block in terms.blocks(torch.zeros(len(dec.pairs))):
+            assert block.bound_R is not None
+            assert (terms.sizes(block) <= block.bound_R).all()
+
+
+def terms_of(examples: Examples, inputs: AttentionInputs, batch: Batch) -> pair_examples.Terms:
+    """The terms of one batch, as the examples' `add` makes them."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_examples.Terms, "blocks", lambda terms, least_P: made.append(terms) or iter(()))
+        examples.add(batch, acts_of(examples.dec, inputs), inputs)
+    return made[0]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_left_out_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [some_inputs(seed=seed, **{"batch": 3, **LAYERS[name]}) for seed in range(6)]
+    dec = some_decomposition(given[0])
+    sizes, made, found = pair_examples.Terms.sizes, [], []
+
+    def counted(terms: pair_examples.Terms, chosen: pair_examples.Rows) -> Tensor:
+        made[-1] += len(chosen.cell_R)
+        return sizes(terms, chosen)
+
+    monkeypatch.setattr(pair_examples.Terms, "sizes", counted)
+    for worth in (0, 1 << 40):
+        monkeypatch.setattr(pair_examples, "WORTH", worth)
+        made.append(0)
+        examples = Examples(dec, 0, pairs=2)
+        for seed, inputs in enumerate(given):
+            examples.add(a_batch(inputs, seed), acts_of(dec, inputs), inputs)
+        found.append(examples.pairs.best)
+    for column, values in found[0].payload.items():
+        assert torch.equal(values, found[1].payload[column])
+    assert made[1] < 0.8 * made[0]
 
 
 def test_a_bias_of_the_key_says_nothing_where_it_cancels() -> None:

@@ -73,9 +73,14 @@ class Best:
             values[new_UM] = fresh[name]
             kept[touched_U] = values
 
+    @property
+    def worst_G(self) -> Tensor:
+        """The score of each group's last place: what is below has no place there."""
+        return self.score_GM[:, -1]
+
     def _wanted(self, group_E: Tensor, score_E: Tensor, tie_E: Tensor) -> Tensor:
         """Index of the entries that are better than the last of their group."""
-        worst = self.score_GM[:, -1][group_E]
+        worst = self.worst_G[group_E]
         better = (score_E > worst) | ((score_E == worst) & (tie_E < self.tie_GM[:, -1][group_E]))
         return (better & (score_E > 0)).nonzero()[:, 0]
 

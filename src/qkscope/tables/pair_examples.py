@@ -13,12 +13,14 @@ What is notable:
 - Only tokens on which both features fire count as places; inhibiting pairs (effect below 0) as much as exciting ones.
 - At most one place a sequence and pair.
 - Terms are listed sparsely: for each pair and sequence, every query on which a fires with every key on which b does.
-  They go by in blocks of pairs with a bounded number of terms. With a rotary embedding M depends on i-j alone, so a
-  block needs one product [pairs, H] · [H, distances] more.
+  With a rotary embedding M depends on i-j alone, so a block of pairs needs one product [pairs, H] · [H, distances] more.
+- Most terms are never made. No effect in a row is larger than Σ_j P_ij |δ_ij|, which with |M| at its largest is one
+  product of patterns and activations for all rows of a head. Rows that can't reach the worst example that their pair
+  has already, or what the most promising row of their cell reaches, are left out; the rest is found exactly.
 
-Shapes: B sequences, T positions, N heads, G key-value heads, H head width, F features of a side (the bias behind them),
-P kept pairs (p of a block), D distances, S = p·B cells (a pair in a sequence; C those with a row), R rows (a query of a
-cell), E terms (a key of a row).
+Shapes: B sequences, T positions, N heads, G key-value heads, H head width, F features of a side (the bias behind them;
+f those that a block's pairs read), P kept pairs (p of a block), D distances, C cells (a pair in a sequence) with a row,
+R rows (a query of a cell), E terms (a key of a row).
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ from .best import Best
 from .columns import array, token_lists
 from .firing import NO_TOKEN, Firing, sequence_numbers, window_tokens
 
-BLOCK_TERMS = 1 << 17  # terms of one block of pairs: about 10 MB, what a cache holds; one pair alone has at most B·T²
+BLOCK_ROWS = 1 << 18  # rows of one block of pairs, before any is left out
+BLOCK_TERMS = 1 << 17  # terms at once: about 10 MB, what a cache holds; one row alone has at most T
+WORTH = 1 << 11  # entries of the product behind a bound that cost as much as a term
+SLACK = 1e-2  # by which a bound may be wrong for rounding
+ROUNDING = 1e-3  # of a mean square, by which the variance may
 MERGED_PAIRS = 4096  # at once
 LEAST_EFFECT = 1e-6  # of a pattern entry; what is below is rounding
 
@@ -69,15 +75,18 @@ class PairExamples:
         dec = self.dec
         both = Places.of(query, dec.query.width, batch), Places.of(key, dec.key.width, batch)
         terms = Terms(dec, inputs.rule, with_bias(acts["query"].float()), with_bias(acts["key"].float()), *both)
-        for block in terms.blocks():
+        for block in terms.blocks(self.best.worst_G.clamp(min=LEAST_EFFECT)):
             if len(block.cell_R):
                 self._add(batch, terms, block)
 
     def _add(self, batch: Batch, terms: Terms, block: Rows) -> None:
         """Offer the best place of each cell of a block."""
         length = batch.tokens_BT.shape[1]
-        change, _, _, count_R = terms.of(block)
-        size_R = torch.segment_reduce(change.abs(), "max", lengths=count_R) * block.weight_R.abs()
+        if block.bound_R is not None:
+            count_C = block.cell_R.unique_consecutive(return_counts=True)[1]
+            reached_C = terms.sizes(block.take(_first_largest(block.bound_R, count_C)))
+            block = block.take((block.bound_R >= reached_C.repeat_interleave(count_C)).nonzero()[:, 0])
+        size_R = terms.sizes(block)
         row_C = _first_largest(size_R, block.cell_R.unique_consecutive(return_counts=True)[1])
         size_C = size_R[row_C]
 
@@ -183,13 +192,16 @@ class Rows:
     first_R: Tensor
     """The first of the keys on which the key feature fires within what the query sees, and how many there are."""
     count_R: Tensor
+    bound_R: Tensor | None
+    """What no effect of the row exceeds, where that was worth finding out."""
     distance_pD: Tensor | None
     """M at each distance from -(T-1) to T-1."""
 
     def take(self, index: Tensor) -> Rows:
         """Some of the rows."""
         names = ("cell_R", "place_R", "token_R", "weight_R", "first_R", "count_R")
-        return replace(self, **{name: getattr(self, name)[index] for name in names})
+        bound_R = None if self.bound_R is None else self.bound_R[index]
+        return replace(self, bound_R=bound_R, **{name: getattr(self, name)[index] for name in names})
 
 
 class Terms:
@@ -202,51 +214,86 @@ class Terms:
         self.rows_q, self.rows_k = rows(dec.query, dec.shape.N), rows(dec.key, dec.shape.G)
         scores = pair_scores(dec.pairs, dec.strength_P, acts_q_BTF, acts_k_BTF, self.rows_q, self.rows_k, rule)
         self.length = scores.shape[-1]
-        self.pattern = exp(rule.masked(scores).log_softmax(-1))[..., : self.length].flatten()
+        self.acts_k_BTF = acts_k_BTF
+        self.pattern_BNQK = exp(rule.masked(scores).log_softmax(-1))[..., : self.length].contiguous()
+        self.pattern = self.pattern_BNQK.flatten()
         visible_BQK = rule.visible_BQK.expand(len(scores), -1, -1)
         self.first_seen_n = visible_BQK.byte().argmax(-1).flatten()  # the first and the last key that a query sees
         self.last_seen_n = self.length - 1 - visible_BQK.flip(-1).byte().argmax(-1).flatten()
         self.slope = None if rule.softcap is None else (1 - (scores / rule.softcap).square()).flatten()
 
-    def blocks(self) -> Iterator[Rows]:
-        """The rows of all pairs that have any, in blocks of about `BLOCK_TERMS` terms."""
+    def blocks(self, least_P: Tensor) -> Iterator[Rows]:
+        """The rows that may hold an effect of a pair's `least` or more, in blocks of about `BLOCK_ROWS` of one head."""
         pairs = self.dec.pairs
-        terms_P = torch.zeros_like(pairs.query_P)
+        rows_P, terms_P = torch.zeros_like(pairs.query_P), torch.zeros_like(pairs.query_P)
         for query_F, key_F in zip(self.query.count_FB.T, self.key.count_FB.T, strict=True):
-            terms_P += query_F[pairs.query_P] * key_F[pairs.key_P]
+            query_P, key_P = query_F[pairs.query_P], key_F[pairs.key_P]
+            rows_P += query_P * (key_P > 0)
+            terms_P += query_P * key_P
         if self.rule.rotary is None and self.rule.shift_free:  # a constant along the row cancels in the softmax
-            terms_P[pairs.key_P == pairs.n_key] = 0
-        index = terms_P.nonzero()[:, 0]
-        itself = self.query.count_FB.shape[1] + (0 if self.rule.rotary is None else 2 * self.length)  # cells, distances
-        size = terms_P[index].clamp(min=itself)
-        blocks = (size.cumsum(0) // BLOCK_TERMS).unique_consecutive(return_counts=True)[1]
-        for pair_p in index.split(blocks.tolist()):
-            yield self._rows(pair_p)
+            rows_P[pairs.key_P == pairs.n_key] = 0
+        n = self.query.count_FB.shape[1] * self.length
+        itself = n // 8 + (0 if self.rule.rotary is None else 2 * self.length)  # its column of a product, its distances
+        for head in range(self.dec.shape.N):
+            here = pairs.of_head(head)
+            index = rows_P[here].nonzero()[:, 0] + here.start
+            size = rows_P[index].clamp(min=itself)
+            blocks = (size.cumsum(0) // BLOCK_ROWS).unique_consecutive(return_counts=True)[1]
+            for pair_p in index.split(blocks.tolist()):
+                yield self._rows(head, pair_p, int(terms_P[pair_p].sum()), least_P[pair_p])
 
-    def _rows(self, pair_p: Tensor) -> Rows:
+    def _rows(self, head: int, pair_p: Tensor, terms: int, least_p: Tensor) -> Rows:
+        """The rows of some pairs of one head that have so many terms, as far as they may reach `least`."""
         pairs = self.dec.pairs
         query_p, key_p = pairs.query_P[pair_p], pairs.key_P[pair_p]
         sequences = self.query.count_FB.shape[1]
+        strength_p = self.dec.strength_P[pair_p] * self.rule.scaling
+        distance_pD = None if self.rule.rotary is None else self._distances(self.rule.rotary, pair_p)
         count_S = (self.query.count_FB[query_p] * (self.key.count_FB[key_p] > 0)).flatten()
         cell_R = torch.arange(len(count_S), device=pair_p.device).repeat_interleave(count_S)
         within_R = torch.arange(len(cell_R), device=pair_p.device) - (count_S.cumsum(0) - count_S)[cell_R]
         entry_R = self.query.start_FB[query_p].flatten()[cell_R] + within_R
-        token_R = self.query.token_E[entry_R]
-        begin_R = (key_p[cell_R // sequences] * sequences + cell_R % sequences) * self.length
+        bound_R = None
+        key_f, column_p = key_p.unique(return_inverse=True)
+        if terms * WORTH > len(self.first_seen_n) * self.length * len(key_f):
+            most_p = strength_p.abs() if distance_pD is None else strength_p.abs() * distance_pD.abs().amax(1)
+            place_R = cell_R // sequences
+            bound_R = self._bounds(head, key_f)[self.query.token_E[entry_R], column_p[place_R]]
+            bound_R = bound_R * self.query.value_E[entry_R] * most_p[place_R]
+            may = (bound_R >= least_p[place_R]).nonzero()[:, 0]
+            cell_R, entry_R, bound_R = cell_R[may], entry_R[may], bound_R[may]
+        place_R, token_R = cell_R // sequences, self.query.token_E[entry_R]
+        begin_R = (key_p[place_R] * sequences + cell_R % sequences) * self.length
         first_R = torch.searchsorted(self.key.place_E, begin_R + self.first_seen_n[token_R])
         count_R = torch.searchsorted(self.key.place_E, begin_R + self.last_seen_n[token_R], right=True) - first_R
-        strength_p = self.dec.strength_P[pair_p] * self.rule.scaling
         found = Rows(
             pair_p=pair_p,
             cell_R=cell_R,
-            place_R=cell_R // sequences,
+            place_R=place_R,
             token_R=token_R,
-            weight_R=strength_p[cell_R // sequences] * self.query.value_E[entry_R],
+            weight_R=strength_p[place_R] * self.query.value_E[entry_R],
             first_R=first_R,
             count_R=count_R,
-            distance_pD=None if self.rule.rotary is None else self._distances(self.rule.rotary, pair_p),
+            bound_R=bound_R,
+            distance_pD=distance_pD,
         )
         return found.take(count_R.nonzero()[:, 0])
+
+    def _bounds(self, head: int, key_f: Tensor) -> Tensor:
+        """What no P_ij |x_j - Σ_j' P_ij' x_j'| exceeds, where |x_j| is at most a_k[j,b], for these b, [n, f].
+
+        Such an e is at most Σ_j P_ij |x_j|. And with V the variance of x, e² ≤ V · P_ij (1 - P_ij), for the other keys
+        have together what j has, with the other sign, and no less variance than if all of them had the same.
+        """
+        pattern_BQK, acts_BTf = self.pattern_BNQK[:, head], self.acts_k_BTF[..., key_f]
+        mean_BQf = pattern_BQK @ acts_BTf
+        square_BQf = pattern_BQK @ acts_BTf.square()
+        variance_BQf = square_BQf * (1 + ROUNDING)
+        if self.rule.rotary is None and self.slope is None:
+            variance_BQf = variance_BQf - mean_BQf.square()
+        largest_BQ = (pattern_BQK * (1 - pattern_BQK)).amax(-1)
+        spread_BQf = (variance_BQf.clamp(min=0) * largest_BQ[..., None]).sqrt()
+        return torch.minimum(mean_BQf, spread_BQf).flatten(0, 1) * (1 + SLACK)
 
     def _distances(self, rotary: Rotary, pair_p: Tensor) -> Tensor:
         """M = ⟨R_i W_q, R_j W_k⟩ of each pair at every distance i-j."""
@@ -260,6 +307,14 @@ class Terms:
         turned = torch.cat([forward[1:].conj().flip(0), forward])
         product = left * right.conj()
         return torch.cat([product.real, -product.imag], 1) @ torch.cat([turned.real, turned.imag], 1).T
+
+    def sizes(self, chosen: Rows) -> Tensor:
+        """The size of the largest effect of each of these rows, [R]."""
+        found, blocks = [], (chosen.count_R.cumsum(0) // BLOCK_TERMS).unique_consecutive(return_counts=True)[1]
+        for index in torch.arange(len(chosen.count_R), device=blocks.device).split(blocks.tolist()):
+            change_E, _, _, count_R = self.of(chosen.take(index))
+            found.append(torch.segment_reduce(change_E.abs(), "max", lengths=count_R))
+        return torch.cat(found) * chosen.weight_R.abs()
 
     def of(self, chosen: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The terms of some rows: the change of the pattern for a query's weight of 1, key token and pattern [E] each,
