@@ -14,7 +14,7 @@ from qkscope.data.sequences import Batch
 from qkscope.decomposition import Decomposition
 from qkscope.evaluate import faithful
 from qkscope.evaluate.faithful import CUTS, curve, faithfulness
-from qkscope.evaluate.patterns import PatternScore
+from qkscope.evaluate.patterns import KLScore
 
 
 def a_layer(name: str = "gpt2") -> tuple[AttentionSite, list[Batch], Decomposition]:
@@ -41,7 +41,7 @@ def test_a_cut_is_the_map_of_those_pairs_alone(name: str, monkeypatch: pytest.Mo
         index = torch.tensor(sorted(chosen))
         strength = dec.strength_P[index]
         alone = replace(dec, pairs=dec.pairs.take(index), strength_P=strength)
-        score = PatternScore()
+        score = KLScore()
         for batch in batches:
             inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
             score.add(inputs, alone.log_pattern_kept(inputs))

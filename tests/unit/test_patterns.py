@@ -10,7 +10,8 @@ import torch
 from layers import LAYERS, close, some_inputs
 from torch import Tensor
 
-from qkscope.evaluate.patterns import KLScore, MeanPattern, PatternScore, uniform_log_pattern
+from qkscope.evaluate import patterns
+from qkscope.evaluate.patterns import KLScore, MeanPattern, PatternScores, uniform_log_pattern
 from qkscope.pattern import AttentionInputs
 
 
@@ -19,6 +20,13 @@ def another(inputs: AttentionInputs, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     q, k = (y + 0.4 * torch.randn(y.shape, generator=g) for y in (inputs.q_BTNH, inputs.k_BTGH))
     return inputs.rule.log_pattern(q, k)
+
+
+def report_of(inputs: AttentionInputs, log_hat: Tensor) -> dict[str, Any]:
+    """The scores of one log-pattern on one batch."""
+    scores = PatternScores()
+    scores.add(inputs, {"it": log_hat})
+    return scores["it"].report()
 
 
 def slow_rows(true: list[float], hat: list[float], without: bool) -> tuple[float, float, float] | None:
@@ -48,13 +56,13 @@ def slow_report(batches: list[tuple[AttentionInputs, Tensor]], without: bool, he
 
 @pytest.mark.parametrize("name", ["causal", "sliding", "bidirectional", "padded", "sink", "all"])
 def test_scores_are_the_loops(name: str) -> None:
-    score, alone, batches = PatternScore(), KLScore(), []
+    scores, alone, batches = PatternScores(), KLScore(), []
     for seed, batch in ((71, 2), (72, 3)):
         inputs = some_inputs(seed, **{**LAYERS[name], "batch": batch})
         batches.append((inputs, another(inputs)))
-        score.add(*batches[-1])
+        scores.add(batches[-1][0], {"another": batches[-1][1], "uniform": uniform_log_pattern(inputs)})
         alone.add(*batches[-1])
-    report = score.report()
+    report = scores["another"].report()
     whole, rest = slow_report(batches, False, None), slow_report(batches, True, None)
     for m, metric in enumerate(("pattern_kl", "top1", "absolute_error")):
         found = report[metric]
@@ -64,15 +72,13 @@ def test_scores_are_the_loops(name: str) -> None:
         for n in range(4):
             assert found["per_head"][n]["mean"] == pytest.approx(slow_report(batches, False, n)[m], rel=1e-4)
     assert abs(whole[0] - rest[0]) > 1e-3
-    assert alone.kl.figure() == score.kl.figure()
+    assert alone.kl.mean == pytest.approx(report["pattern_kl"]["mean"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["causal", "padded", "all"])
 def test_the_true_pattern_is_perfect(name: str) -> None:
     inputs = some_inputs(73, **LAYERS[name])
-    score = PatternScore()
-    score.add(inputs, inputs.log_pattern_BNQK.clone())
-    report = score.report()
+    report = report_of(inputs, inputs.log_pattern_BNQK.clone())
     for part in (lambda metric: metric, lambda metric: metric["without_position_0"]):
         assert part(report["pattern_kl"])["mean"] == pytest.approx(0, abs=1e-7)
         assert part(report["top1"])["mean"] == 1
@@ -88,11 +94,30 @@ def test_agreement_on_position_0_alone_is_seen_through() -> None:
     for i in range(2, 6):
         true[0, 0, i, i], hat[0, 0, i, i - 1] = 2.0, 2.0
     inputs.__dict__["log_pattern_BNQK"] = inputs.rule.masked(true).log_softmax(-1)
-    score = PatternScore()
-    score.add(inputs, inputs.rule.masked(hat).log_softmax(-1))
-    report = score.report()
+    report = report_of(inputs, inputs.rule.masked(hat).log_softmax(-1))
     assert report["top1"]["mean"] == 1 and report["top1"]["without_position_0"]["mean"] == pytest.approx(1 / 5)
     assert report["pattern_kl"]["mean"] < 0.2 < 0.5 < report["pattern_kl"]["without_position_0"]["mean"]
+
+
+@pytest.mark.parametrize("size", [20.0, 95.0])
+def test_what_position_0_leaves_is_compared_however_little_it_is(size: float) -> None:
+    """At 95 nats what is left is nothing in float32."""
+    inputs = some_inputs(77)
+    hat = another(inputs)
+    for log in (inputs.log_pattern_BNQK, hat):
+        log[..., 1:] -= size
+    found = report_of(inputs, hat)
+    for m, metric in enumerate(("pattern_kl", "top1", "absolute_error")):
+        rest = slow_report([(inputs, hat)], True, None)[m]
+        assert found[metric]["without_position_0"]["mean"] == pytest.approx(rest, rel=1e-4)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_how_many_heads_are_compared_at_once_does_not_matter(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = some_inputs(78, **LAYERS["all"])
+    whole = report_of(inputs, another(inputs))
+    monkeypatch.setattr(patterns, "HEADS_ELEMENTS", heads * inputs.log_pattern_BNQK[:, 0].numel())
+    assert report_of(inputs, another(inputs)) == whole
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -102,9 +127,7 @@ def test_what_stands_in_padded_rows_does_not_count(name: str) -> None:
     for size in (0.0, 5.0):
         hat = another(inputs)
         hat = hat + size * (~inputs.real_BT)[:, None, :, None] * torch.rand(hat.shape)
-        score = PatternScore()
-        score.add(inputs, hat)
-        reports.append(score.report())
+        reports.append(report_of(inputs, hat))
     assert reports[0] == reports[1]
 
 

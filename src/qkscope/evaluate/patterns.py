@@ -6,15 +6,19 @@ rests on the first token, and agreement there can hide disagreement everywhere e
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.row_kl import exp
+from ..kernels.row_kl import LOG2_E, exp
 from ..pattern import AttentionInputs
 from .figures import Ratio
+
+HEADS_ELEMENTS = 1 << 19  # of patterns that are compared at once on a CPU: 2 MB, near the cache
 
 
 @dataclass
@@ -27,17 +31,14 @@ class KLScore:
         """Compare a log-pattern with the true one on one batch."""
         log_true = inputs.log_pattern_BNQK
         rows = inputs.real_BT[:, None].expand(log_true.shape[:3])
-        kl = _kl_rows(exp(log_true), log_true, log_hat_BNQK)
+        true = exp(log_true)
+        kl = (log_true - log_hat_BNQK).masked_fill_(true == 0, 0).mul_(true).sum(-1)
         self.kl.add(kl.masked_fill(~rows, 0).sum(-1), rows.float().sum(-1))
-
-
-def _kl_rows(true: Tensor, log_true: Tensor, log_hat: Tensor) -> Tensor:
-    return (true * (log_true - log_hat).masked_fill(true == 0, 0)).sum(-1)
 
 
 @dataclass
 class PatternScore:
-    """Scores of one variant, gathered over batches."""
+    """Scores of one variant, gathered over batches; the last three are without position 0."""
 
     kl: Ratio = field(default_factory=Ratio)
     top1: Ratio = field(default_factory=Ratio)
@@ -45,27 +46,6 @@ class PatternScore:
     kl_rest: Ratio = field(default_factory=Ratio)
     top1_rest: Ratio = field(default_factory=Ratio)
     error_rest: Ratio = field(default_factory=Ratio)
-
-    def add(self, inputs: AttentionInputs, log_hat_BNQK: Tensor) -> None:
-        """Compare a log-pattern with the true one on one batch."""
-        log_true = inputs.log_pattern_BNQK
-        rows = inputs.real_BT[:, None].expand(log_true.shape[:3])
-        self._compare(log_true, log_hat_BNQK, rows, (self.kl, self.top1, self.error))
-        later = rows.clone()
-        later[:, :, 0] = False
-        rest_true, rest_hat = (_without_first(log) for log in (log_true, log_hat_BNQK))
-        later &= (rest_true > -torch.inf).any(-1)
-        self._compare(rest_true, rest_hat, later, (self.kl_rest, self.top1_rest, self.error_rest))
-
-    @staticmethod
-    def _compare(log_true: Tensor, log_hat: Tensor, rows: Tensor, into: tuple[Ratio, ...]) -> None:
-        true, hat = exp(log_true), exp(log_hat)
-        visible = (log_true > -torch.inf).sum(-1).clamp(min=1)  # keys that are compared here, and the sink
-        kl = _kl_rows(true, log_true, log_hat)
-        top1 = (log_true.argmax(-1) == log_hat.argmax(-1)).float()
-        error = (true - hat).abs().sum(-1) / visible
-        for ratio, values in zip(into, (kl, top1, error), strict=True):
-            ratio.add(values.masked_fill(~rows, 0).sum(-1), rows.float().sum(-1))
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Figures by metric."""
@@ -79,12 +59,84 @@ class PatternScore:
         }
 
 
-def _without_first(log_pattern: Tensor) -> Tensor:
-    """Log-pattern conditioned on keys from position 1 on; rows that see nothing else stay -inf."""
-    log = log_pattern.clone()
-    log[..., 0] = -torch.inf
-    total = log.logsumexp(-1, keepdim=True)
-    return log - total.masked_fill(total == -torch.inf, 0)
+class PatternScores(defaultdict[str, PatternScore]):
+    """Scores of variants by name."""
+
+    def __init__(self) -> None:
+        super().__init__(PatternScore)
+
+    def add(self, inputs: AttentionInputs, log_hats: Mapping[str, Tensor]) -> None:
+        """Compare log-patterns [B, N, Q, K] with the true one on one batch."""
+        size, n_heads = inputs.log_pattern_BNQK.numel(), inputs.log_pattern_BNQK.shape[1]
+        step = max(HEADS_ELEMENTS * n_heads // size, 1) if inputs.x_BTD.device.type == "cpu" else n_heads
+        found: dict[str, list[Tensor]] = {name: [] for name in log_hats}
+        counted = []
+        for start in range(0, n_heads, step):
+            heads = slice(start, start + step)
+            true = _True(inputs, heads)
+            counted.append(torch.stack([true.rows_BnQ, true.later_BnQ]).sum(-1))
+            for name, log_hat in log_hats.items():
+                found[name].append(true.compared(log_hat[:, heads]))
+        whole_BN, rest_BN = torch.cat(counted, -1)
+        for name, parts in found.items():
+            score = self[name]
+            kl, top1, error, kl_rest, top1_rest, error_rest = torch.cat(parts, -1)
+            for ratio, sums_BN in ((score.kl, kl), (score.top1, top1), (score.error, error)):
+                ratio.add(sums_BN, whole_BN)
+            for ratio, sums_BN in (
+                (score.kl_rest, kl_rest), (score.top1_rest, top1_rest), (score.error_rest, error_rest),
+            ):  # fmt: skip
+                ratio.add(sums_BN, rest_BN)
+
+
+class _True:
+    """The true pattern of some heads n, and what of it every comparison needs."""
+
+    def __init__(self, inputs: AttentionInputs, heads: slice) -> None:
+        log = inputs.log_pattern_BNQK[:, heads]
+        self.pattern, self.rest, first = exp(log), _Rest(log), log[..., 0]
+        self.none = self.rest.pattern == 0  # a key that is masked, or as good as that
+        self.none[..., 0] = self.pattern[..., 0] == 0
+        self.log = log.masked_fill(self.none, 0)
+        self.top_BnQ = self.rest.top_of_all(first)
+        seen = log > -torch.inf
+        self.visible_BnQ = seen.sum(-1).clamp(min=1)  # keys that are compared, and the sink
+        self.visible_rest_BnQ = seen[..., 1:].sum(-1).clamp(min=1)
+        self.rows_BnQ = inputs.real_BT[:, None].expand(first.shape)
+        self.later_BnQ = self.rows_BnQ & seen[..., 1:].any(-1)
+        self.later_BnQ[:, :, 0] = False
+
+    def compared(self, log_hat: Tensor) -> Tensor:
+        """Sums over rows of KL, top-1 agreement and error, of the whole and without position 0, [6, B, n]."""
+        rest, first = _Rest(log_hat), log_hat[..., 0]
+        difference = (self.log - log_hat).masked_fill_(self.none, 0)
+        kl = (self.pattern * difference).sum(-1)
+        kl_rest = difference.mul_(self.rest.pattern).sum(-1) + rest.log_total - self.rest.log_total
+        top1, top1_rest = rest.top_of_all(first) == self.top_BnQ, rest.top == self.rest.top
+        error_rest = torch.linalg.vector_norm(rest.pattern - self.rest.pattern, 1, -1) / self.visible_rest_BnQ
+        hat = rest.pattern.mul_(exp(rest.log_total)[..., None])
+        hat[..., 0] = exp(first)
+        error = torch.linalg.vector_norm(hat.sub_(self.pattern), 1, -1) / self.visible_BnQ
+        whole = torch.stack([kl, top1, error]).masked_fill(~self.rows_BnQ, 0).sum(-1)
+        later = torch.stack([kl_rest, top1_rest, error_rest]).masked_fill(~self.later_BnQ, 0).sum(-1)
+        return torch.cat([whole, later])
+
+
+class _Rest:
+    """A pattern's largest entry, mass and pattern on the keys from position 1 on; none of the first's is left."""
+
+    def __init__(self, log: Tensor) -> None:
+        rest = log.clone()
+        rest[..., 0] = -torch.inf
+        self.most, self.top = rest.max(-1)
+        shift = self.most.masked_fill(self.most == -torch.inf, 0)
+        mass = rest.sub_(shift[..., None]).mul_(LOG2_E).exp2_().sum(-1)
+        self.pattern = rest.div_(mass.masked_fill(mass == 0, 1)[..., None])
+        self.log_total = (shift + mass.log()).masked_fill(mass == 0, 0)
+
+    def top_of_all(self, first: Tensor) -> Tensor:
+        """The key with the largest entry, where the first one has this."""
+        return self.top.masked_fill(first >= self.most, 0)
 
 
 def uniform_log_pattern(inputs: AttentionInputs) -> Tensor:

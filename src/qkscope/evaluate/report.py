@@ -18,7 +18,7 @@ from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
 from .patched import PatchedScore, ready, zero_pattern
-from .patterns import KLScore, MeanPattern, PatternScore, uniform_log_pattern, uniform_pattern
+from .patterns import KLScore, MeanPattern, PatternScores, uniform_log_pattern, uniform_pattern
 
 DENSE = 0.1  # a feature that fires on more than this share of tokens is dense
 HISTOGRAM_EDGES = [-6 + 0.25 * i for i in range(25)]  # log10 of the share of tokens a feature fires on
@@ -110,7 +110,7 @@ def measure(
         pairs, strength = shuffled_pairs(dec)
         others["shuffled"] = lambda inputs: _masked(inputs, dec.scores(inputs, pairs, strength))
     curve = {share: _strongest(dec, share) for share in CURVE if round(share * len(dec.pairs)) >= 1}
-    scores = {name: PatternScore() for name in [*sources, *others, "map_all"]}
+    scores = PatternScores()
     curve_kl = {share: KLScore() for share in curve}
     activity = {side: Activity() for side in SIDES}
     active = Ratio()
@@ -125,8 +125,7 @@ def measure(
         examples.add(batch, acts, inputs)
         patterns = {name: source(inputs) for name, source in {**sources, **others}.items()}
         patterns["map_all"] = _map_all(dec, inputs, acts)
-        for name, log_pattern in patterns.items():
-            scores[name].add(inputs, log_pattern)
+        scores.add(inputs, patterns)
         for share, (pairs, strength) in curve.items():
             curve_kl[share].add(inputs, _masked(inputs, dec.scores(inputs, pairs, strength)))
         _add_active(active, dec, inputs, acts)

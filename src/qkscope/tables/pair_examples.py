@@ -13,7 +13,7 @@ What is notable:
 - Only tokens on which both features fire count as places; inhibiting pairs (effect below 0) as much as exciting ones.
 - At most one place a sequence and pair.
 - Terms are listed sparsely: for each pair and sequence, every query on which a fires with every key on which b does.
-  With a rotary embedding M depends on i-j alone, so a block of pairs needs one product [pairs, H] · [H, distances] more.
+  With a rotary embedding M depends on i-j alone, so a block needs one product [pairs, H] · [H, distances] more.
 - Most terms are never made. No effect in a row is larger than Σ_j P_ij |δ_ij|, which with |M| at its largest is one
   product of patterns and activations for all rows of a head. Rows that can't reach the worst example that their pair
   has already, or what the most promising row of their cell reaches, are left out; the rest is found exactly.

@@ -34,7 +34,7 @@ from ...training.stream import ModelStream
 from ..adversary import adversary
 from ..controls import untrained
 from ..patched import PatchedScore, ready, zero_pattern
-from ..patterns import KLScore, PatternScore, uniform_log_pattern
+from ..patterns import KLScore, PatternScores, uniform_log_pattern
 from ..report import Activity
 from ..workbench import MASK, Workbench
 
@@ -109,12 +109,12 @@ class LayerBench(Workbench):
     @torch.no_grad()
     def judge_decomposition(self, dec: Decomposition, pairs: str) -> dict[str, Any]:
         source = dec.log_pattern_kept if pairs == "kept" else dec.log_pattern_all
-        score, whole, patched = PatternScore(), KLScore(), PatchedScore()
+        scores, whole, patched = PatternScores(), KLScore(), PatchedScore()
         activity = {side: Activity() for side in SIDES}
         for batch in self.heldout:
             inputs = self.inputs(batch)
             log_pattern = source(inputs)
-            score.add(inputs, log_pattern)
+            scores.add(inputs, {"patched": log_pattern})
             if pairs == "kept":
                 whole.add(inputs, dec.log_pattern_all(inputs))
             patched.add(self.site, batch, {"patched": ready(log_pattern)})
@@ -123,8 +123,8 @@ class LayerBench(Workbench):
         found = {side: a.report() for side, a in activity.items()}
         kept = {"pairs": len(dec.pairs), "all_pairs_kl": whole.kl.figure()} if pairs == "kept" else {}
         return {
-            "pattern_kl": score.kl.figure(),
-            "top1": score.top1.figure(),
+            "pattern_kl": scores["patched"].kl.figure(),
+            "top1": scores["patched"].top1.figure(),
             "ce_increase": patched.increase("patched"),
             "logit_kl": patched.kl["patched"].figure(),
             **{f"{name}_{side}": found[side][name] for name in ("l0", "dead", "dense", "live") for side in SIDES},
