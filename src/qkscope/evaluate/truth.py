@@ -23,7 +23,7 @@ from ..attention import AttentionInputs
 from ..decomposition import SIDES, Decomposition
 from ..dictionary import SparseTranscoder
 from ..pairs.importance import Seen, rank_pairs, see
-from ..pairs.pair_map import Pairs, rows, weight_strength
+from ..pairs.pair_map import Pairs, rows, turn, turned_rows, weight_strength
 from .controls import residual_basis, shuffled_pairs, untrained
 from .labels import Labelled, StoryLabels
 
@@ -34,7 +34,7 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 GOOD = 0.8  # F1 from which a feature counts as named
 PAIR_TOKENS = 8192  # held-out tokens over which pairs are followed from query to key
 RANK_BATCHES = 4  # of training text behind the ranking of the controls' pairs
-PAIR_ELEMENTS = 1 << 24  # elements of one block of [pairs, queries, keys]
+ROW_ELEMENTS = 1 << 19  # elements of one block of [rows, keys] with a rotary embedding: 2 MB, near the cache
 
 
 @dataclass
@@ -237,26 +237,34 @@ def _rotary(
     dec: Decomposition, pairs: Pairs, strength_P: Tensor, item: Seen, head: int, b: int, here: Tensor,
     pattern_QK: Tensor, q_holds_TF: Tensor, k_holds_TF: Tensor, links_QK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same with a rotary embedding, where δ has each pair's own M(i-j): block by block of [pairs, Q, K]."""
+    """The same with a rotary embedding, where δ has each pair's own M(i-j): row by row of the queries that fire."""
     rule, length = item.inputs.rule, len(pattern_QK)
     assert rule.rotary is not None
-    table = rule.rotary.of_sequence(b, length)
+    order, phase = rule.rotary.phases()
+    phase_Th = phase[b if len(phase) > 1 else 0, :length]
     rows_q, rows_k = rows(dec.query, dec.shape.N)[:, head], rows(dec.key, dec.shape.G)
-    rows_k = rows_k[:, head * dec.shape.G // dec.shape.N]
-    parts = [strength_P.new_zeros(0, 3)]
-    for block in here.split(max(PAIR_ELEMENTS // length**2, 1)):
-        query, key = pairs.query_P[block], pairs.key_P[block]
-        left, right = (
-            table.rotate(row.expand(1, length, -1, -1))[0].transpose(0, 1) * acts.T[..., None]
-            for row, acts in ((rows_q[query], item.acts_q_BTF[b][:, query]), (rows_k[key], item.acts_k_BTF[b][:, key]))
-        )
-        delta = (strength_P[block] * rule.scaling)[:, None, None] * (left @ right.transpose(1, 2))
-        worth = pattern_QK * delta * (delta - (pattern_QK * delta).sum(-1, keepdim=True))
-        labelled = q_holds_TF[:, query].T[:, :, None] & k_holds_TF[:, key].T[:, None]
-        parts.append(
-            torch.stack([worth.sum((1, 2)), (worth * labelled).sum((1, 2)), (worth * links_QK).sum((1, 2))], 1)
-        )
-    whole, matched, linked = torch.cat(parts).unbind(1)
+    rows_q, rows_k = rows_q[:, order], rows_k[:, head * dec.shape.G // dec.shape.N, order]
+    acts_QF, acts_FK = item.acts_q_BTF[b], item.acts_k_BTF[b].T
+    sums = strength_P.new_zeros(3, len(here))
+    by_key = pairs.key_P[here].argsort(stable=True)  # a product serves all rows that meet the same keys
+    n_rows = (acts_QF > 0).sum(0)[pairs.query_P[here[by_key]]]
+    blocks = (n_rows.cumsum(0) // max(ROW_ELEMENTS // length, 1)).unique_consecutive(return_counts=True)[1]
+    for place_p in by_key.split(blocks.tolist()):
+        query_p, key_p = pairs.query_P[here[place_p]], pairs.key_P[here[place_p]]
+        pair_R, at_R = (acts_QF[:, query_p].T > 0).nonzero(as_tuple=True)
+        query_R, strength_p = query_p[pair_R], strength_P[here[place_p]] * rule.scaling
+        left_RH = turned_rows(rows_q, query_R, acts_QF[at_R, query_R] * strength_p[pair_R], phase_Th[at_R])
+        used_f, column_p = key_p.unique_consecutive(return_inverse=True)
+        right_fKH = turn((rows_k[used_f, None] * acts_FK[used_f, :, None])[:, :, None], phase_Th[None])[:, :, 0]
+        column_R = column_p[pair_R]
+        of_key = left_RH.split(torch.bincount(column_R, minlength=len(used_f)).tolist())
+        delta = torch.cat([left @ right.T for left, right in zip(of_key, right_fKH, strict=True)])
+        weighted = pattern_QK[at_R] * delta
+        worth = delta.sub_(weighted.sum(-1, keepdim=True)).mul_(weighted)
+        matched_R = (worth * k_holds_TF.T[used_f][column_R]).sum(-1) * q_holds_TF[at_R, query_R]
+        parts = torch.stack([worth.sum(-1), matched_R, (worth * links_QK[at_R]).sum(-1)])
+        sums.index_add_(1, place_p[pair_R], parts)
+    whole, matched, linked = sums
     return whole, matched, linked
 
 
