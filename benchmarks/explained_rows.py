@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qkscope.evaluate.controls import shuffled_pairs
-from qkscope.evaluate.run import text_of
+from qkscope.evaluate.text import text_of
 from qkscope.explain.explained import explained_rows
 from qkscope.explain.opening import open_layers
 

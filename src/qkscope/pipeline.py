@@ -21,7 +21,8 @@ from .data import check_text
 from .decomposition import Decomposition
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
-from .evaluate.run import evaluate_run, memory_of, take_layers
+from .evaluate.layer import memory_of
+from .evaluate.run import evaluate_run, take_tasks, told_tasks
 from .files import remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
 from .memory import USED, free_memory
@@ -97,7 +98,7 @@ def follow(quiet: bool = False) -> RunConfig | None:
                 case "passes":
                     runner.take_passes(told["passes"], told["left"])
                 case "evaluate":
-                    take_layers(Run(out, config).folders, told["layers"], sites, reporter)
+                    take_tasks(Run(out, config).folders, told_tasks(told), sites, reporter)
                     folder.close()
                     parallel.gathered(None)
                 case other:

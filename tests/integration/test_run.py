@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small_runs import read_json, require_equal
 from tiny import BIDIRECTIONAL
 
-import qkscope.evaluate.run as evaluation
+import qkscope.evaluate.layer as evaluation
 from qkscope.config import RunConfig
 from qkscope.decomposition import PAIR_COLUMNS, Decomposition
 

@@ -7,6 +7,7 @@ layers for themselves.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ LIGHT: dict[str, Any] = {
     "pairs.tokens": 800,
     "pairs.count": 40,
     "dictionary.width": 24,
-    "evaluation.tokens": 200,
+    "evaluation.tokens": 700,
     "evaluation.examples": 2,
     "training.spread": "text",
 }
@@ -210,10 +211,14 @@ def test_each_trains_a_layer(in_passes: Path, words: Words, tmp_path: Path) -> N
         lines = said.read_text().splitlines()
         trained, evaluated = (
             {line.split(" layer ")[1][0] for line in lines if line.startswith(start)}
-            for start in ("step1", "evaluating")
+            for start in ("step1", "evaluating layer")
         )
         assert len(trained) == 1 and len(evaluated) == 1
     assert sum(line.startswith("report: ") for line in processes.said(tmp_path, 2)) == 1
+
+
+def said_by(folder: Path, rank: int) -> list[str]:
+    return (folder / f"{rank}.err").read_text().splitlines()
 
 
 def trained_by(folder: Path, size: int) -> list[set[str]]:
@@ -361,3 +366,36 @@ def test_one_layer_is_trained_together(words: Words, tmp_path: Path) -> None:
     """There are fewer layers than processes."""
     assert start(words(tmp_path / "run", {**APART, "layers": 1}), tmp_path) == [0, 0], processes.said(tmp_path, 2)
     assert trained_by(tmp_path, 2) == [{"step1 layer 1"}, set()]
+
+
+# Layers that several measure -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_layer_is_measured_by_all(in_passes: Path, words: Words, tmp_path: Path, size: int) -> None:
+    """What each finds in its pieces becomes the report and the tables of one process."""
+    out = tmp_path / "run"
+    shutil.copytree(in_passes, out)
+    (out / "layer_1" / "report.json").unlink()
+    assert start(words(out, APART), tmp_path, size) == [0] * size, processes.said(tmp_path, size)
+    require_equal_layers(out, in_passes)
+    seconds = read_json(out / "layer_1" / "report.json")["seconds"]
+    assert seconds["evaluation"] > 0
+    pieces = [{line for line in said_by(tmp_path, r) if line.startswith("evaluating ")} for r in range(size)]
+    assert all(pieces) and sum(map(len, pieces)) == len(set.union(*pieces))
+    shares = 2 * size
+    texts = [f"evaluating layer 1: held-out text, {share + 1} of {shares}" for share in range(shares)]
+    together = [f"evaluating all layers at once: held-out text, {share + 1} of {size}" for share in range(size)]
+    alone = ["evaluating layer 1: adversary", "evaluating layer 1: fewer pairs"]
+    assert set.union(*pieces) == {*texts, *together, *alone}
+
+
+def test_killed_while_all_measure_a_layer(in_passes: Path, words: Words, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(in_passes, out)
+    (out / "layer_1" / "report.json").unlink()
+    codes = start(words(out, APART), tmp_path, 2, ("os.rename", "layer_1/report.json", 1), dies=EACH)
+    assert sorted(codes) == [-signal.SIGKILL, 2]
+    assert not (out / "layer_1" / "report.json").exists()
+    assert start(words(out, APART), tmp_path, 2) == [0, 0], processes.said(tmp_path, 2)
+    require_equal_layers(out, in_passes)

@@ -13,7 +13,7 @@ from qkscope.attention import AttentionSite, harvest
 from qkscope.data.sequences import Batch
 from qkscope.decomposition import Decomposition
 from qkscope.evaluate import faithful
-from qkscope.evaluate.faithful import CUTS, curve, faithfulness
+from qkscope.evaluate.faithful import CUTS, against_adversary, curve, first_of
 from qkscope.evaluate.patterns import KLScore
 
 
@@ -51,17 +51,16 @@ def test_a_cut_is_the_map_of_those_pairs_alone(name: str, monkeypatch: pytest.Mo
     assert len(set(figures)) == 3
 
 
-def test_the_adversary_is_there_where_it_is_asked_for() -> None:
+def test_the_adversary_says_how_long_and_on_how_much() -> None:
     site, batches, dec = a_layer()
-    found = faithfulness(dec, site, batches, steps=4, seed=0)
+    found = against_adversary(dec, site, batches, steps=4, seed=0)
     assert found["adversary"]["steps"] == 4
     assert found["adversary_tokens"] == sum(batch.n_tokens for batch in batches)
-    assert "adversary" not in faithfulness(dec, site, batches, steps=0, seed=0)
 
 
 def test_a_budget_of_tokens_is_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     _, batches, _ = a_layer()
-    assert [len(b.tokens_BT) for b in faithful._first(batches, 20)] == [2]
-    assert [len(b.tokens_BT) for b in faithful._first(batches, 31)] == [3, 1]
-    assert [len(b.tokens_BT) for b in faithful._first(batches, 1)] == [1]
-    assert [b.n_tokens for b in faithful._first(batches, 10**6)] == [26, 26]
+    assert [len(b.tokens_BT) for b in first_of(batches, 20)] == [2]
+    assert [len(b.tokens_BT) for b in first_of(batches, 31)] == [3, 1]
+    assert [len(b.tokens_BT) for b in first_of(batches, 1)] == [1]
+    assert [b.n_tokens for b in first_of(batches, 10**6)] == [26, 26]

@@ -31,7 +31,9 @@ from qkscope.config import RunConfig
 from qkscope.data.documents import split_of
 from qkscope.decomposition import Decomposition, SiteShape
 from qkscope.dictionary import SparseTranscoder
+from qkscope.evaluate import layer
 from qkscope.evaluate import run as evaluation
+from qkscope.evaluate import text as evaluation_text
 from qkscope.evaluate.controls import svd_dictionaries
 from qkscope.pairs.importance import see
 from qkscope.pairs.mask import MaskJob
@@ -206,6 +208,7 @@ def test_9_metrics_come_from_heldout_documents_only(tmp_path: Path, monkeypatch:
         "layers": [0],
         "dictionary": {"width": 9, "width_key": 8, "k": 3, "activation": "batchtopk"},
         "training": {"batch_tokens": 100},
+        "evaluation": {"adversary_steps": 0},
     }
     config = RunConfig.model_validate(values)
     site = open_sites(tiny_model("gpt2"), BOS, [0])[0]
@@ -219,18 +222,18 @@ def test_9_metrics_come_from_heldout_documents_only(tmp_path: Path, monkeypatch:
     seen: list[int] = []
     asked: list[tuple[str, bool]] = []
 
-    def measure(dec: Any, site: Any, heldout: Any, sample: Any, examples: Any, **options: Any) -> None:
+    def measure(dec: Any, site: Any, heldout: Any, sources: Any, examples: Any) -> None:
         seen.extend(int(d) for batch in heldout for d in batch.document_B)
         raise Measured
 
-    sequences = evaluation.Sequences
+    sequences = evaluation_text.Sequences
 
     def asking(config: Any, tokenizer: Any, split: Any, **options: Any) -> Any:
         asked.append((split, options["repeat"]))
         return sequences(config, tokenizer, split, **options)
 
-    monkeypatch.setattr(evaluation, "measure", measure)
-    monkeypatch.setattr(evaluation, "Sequences", asking)
+    monkeypatch.setattr(layer, "measure", measure)
+    monkeypatch.setattr(evaluation_text, "Sequences", asking)
     with pytest.raises(Measured):
         evaluation.evaluate_run({"": folder}, [site], Reporter(quiet=True))
     heldout = [n for n, t in enumerate(texts) if split_of(t, 0.1) == "heldout"]

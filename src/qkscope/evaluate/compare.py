@@ -13,8 +13,8 @@ from ..files import unwritable, write_json
 from ..models import load_model
 from ..run_folder import layer_folder, require_finished
 from ..training.stream import harvest_finite
-from .run import text_of
 from .stability import SAME, recurrence
+from .text import text_of
 
 SAMPLE_TOKENS = 16_384  # training tokens to which the random dictionaries are fitted
 HELDOUT_TOKENS = 32_768

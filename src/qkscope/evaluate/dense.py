@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..decomposition import SIDES
-from .report import DENSE
+from .measure import DENSE
 
 MOSTLY = 0.5  # share of a feature's activation, or of its variance, from which on it is "mostly" that
 

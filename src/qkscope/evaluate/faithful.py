@@ -30,19 +30,7 @@ CURVE_TOKENS = 8_192  # held-out tokens of the curves, and ...
 ADVERSARY_TOKENS = 1_024  # ... of the adversary, who learns on what it is measured on
 
 
-def faithfulness(
-    dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], *, steps: int, seed: int
-) -> dict[str, Any]:
-    """The curves, and with `steps` above 0 the adversary's figures; of a model without a head only pattern figures."""
-    found: dict[str, Any] = {"curve": curve(dec, site, _first(batches, CURVE_TOKENS), seed)}
-    if steps and site.has_head:
-        few = _first(batches, ADVERSARY_TOKENS)
-        found["adversary"] = adversary(dec, site, few, steps=steps, seed=seed)
-        found["adversary_tokens"] = sum(batch.n_tokens for batch in few)
-    return found
-
-
-def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+def first_of(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """As many whole sequences as hold about that many tokens."""
     out = []
     for batch in batches:
@@ -55,9 +43,21 @@ def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     return out
 
 
+def against_adversary(
+    dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], *, steps: int, seed: int
+) -> dict[str, Any]:
+    """The adversary's figures on the first of these batches."""
+    few = first_of(batches, ADVERSARY_TOKENS)
+    found = adversary(dec, site, few, steps=steps, seed=seed)
+    return {"adversary": found, "adversary_tokens": sum(batch.n_tokens for batch in few)}
+
+
 @torch.no_grad()
 def curve(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], seed: int) -> list[dict[str, Any]]:
-    """For each share of the kept pairs what the map is worth with only those, without them, and with as many others."""
+    """For each share of the kept pairs what the map is worth with only those, without them, and with as many others.
+
+    Of a model without a head only pattern figures.
+    """
     order = dec.importance_P.argsort(descending=True)
     mixed = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).to(order.device)
     counts = list(dict.fromkeys(n for n in (round(share * len(order)) for share in SHARES) if n))

@@ -43,6 +43,11 @@ class Ratio:
         self.sums.append(sums_B.detach().double().cpu())
         self.weights.append(weights_B.detach().double().cpu().expand_as(sums_B))
 
+    def merge(self, other: Ratio) -> None:
+        """Take in what follows in the text."""
+        self.sums += other.sums
+        self.weights += other.weights
+
     def totals(self) -> tuple[Tensor, Tensor]:
         return torch.cat(self.sums), torch.cat(self.weights)
 

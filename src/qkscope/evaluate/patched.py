@@ -46,6 +46,12 @@ class PatchedScore:
                 self._note(self.ce, name, patched.next_token_loss(), batch.real_BT[:, 1:])
                 self._note(self.kl, name, own.kl(patched), batch.real_BT)
 
+    def merge(self, other: PatchedScore) -> None:
+        """Take in what follows in the text."""
+        for mine, theirs in ((self.ce, other.ce), (self.kl, other.kl)):
+            for name, ratio in theirs.items():
+                mine.setdefault(name, Ratio()).merge(ratio)
+
     @staticmethod
     def _note(into: dict[str, Ratio], name: str, values_BT: Tensor, counted_BT: Tensor) -> None:
         values = values_BT.masked_fill(~counted_BT, 0)

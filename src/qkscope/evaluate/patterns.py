@@ -6,7 +6,6 @@ rests on the first token, and agreement there can hide disagreement everywhere e
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,11 +58,29 @@ class PatternScore:
         }
 
 
-class PatternScores(defaultdict[str, PatternScore]):
+class KLScores(dict[Any, KLScore]):
+    """The pattern KL of variants by name."""
+
+    def __missing__(self, name: Any) -> KLScore:
+        return self.setdefault(name, KLScore())
+
+    def merge(self, other: KLScores) -> None:
+        """Take in what follows in the text."""
+        for name, score in other.items():
+            self[name].kl.merge(score.kl)
+
+
+class PatternScores(dict[str, PatternScore]):
     """Scores of variants by name."""
 
-    def __init__(self) -> None:
-        super().__init__(PatternScore)
+    def __missing__(self, name: str) -> PatternScore:
+        return self.setdefault(name, PatternScore())
+
+    def merge(self, other: PatternScores) -> None:
+        """Take in what follows in the text."""
+        for name, score in other.items():
+            for metric, ratio in vars(score).items():
+                getattr(self[name], metric).merge(ratio)
 
     def add(self, inputs: AttentionInputs, log_hats: Mapping[str, Tensor]) -> None:
         """Compare log-patterns [B, N, Q, K] with the true one on one batch."""

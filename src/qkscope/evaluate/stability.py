@@ -23,7 +23,7 @@ from ..pairs.pair_map import Pairs
 from ..pattern import AttentionInputs
 from ..training.stream import harvest_finite
 from .controls import shuffled_pairs, untrained
-from .report import sample_l0
+from .measure import sample_l0
 
 SAME = 0.7  # cosine: half of a feature's energy
 

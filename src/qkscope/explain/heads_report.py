@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ..decomposition import SIDES, Decomposition
 from ..errors import UserError
-from ..evaluate.run import text_of
+from ..evaluate.text import text_of
 from ..files import unwritable, write_json
 from ..tables.distance import DistanceProfiles, distance_profiles, no_rotary
 from ..training.stream import harvest_finite

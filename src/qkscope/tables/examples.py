@@ -58,6 +58,10 @@ class Examples:
         }
         self.pairs = PairExamples(dec, pairs, pair_window)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was gathered; the decomposition stays where it is. The copy can be merged, and no more."""
+        return {**vars(self), "dec": None}
+
     @torch.no_grad()
     def add(self, batch: Batch, acts: dict[str, Tensor], inputs: AttentionInputs | None = None) -> None:
         """Take in one batch: `acts` gives each side's activations [B, T, F], whatever they are at padding, and `inputs`
@@ -77,9 +81,7 @@ class Examples:
     @torch.no_grad()
     def merge(self, other: Examples) -> None:
         """Take in what another gathered of the same decomposition, with the same options, on other text."""
-        own, others = self.dec.pairs, other.dec.pairs
-        same = all(torch.equal(getattr(own, n), getattr(others, n)) for n in ("query_P", "key_P", "head_P"))
-        if self.options != other.options or not same:
+        if self.options != other.options or not torch.equal(self.pairs.index_P3.cpu(), other.pairs.index_P3.cpu()):
             raise ValueError(
                 f"examples of another decomposition or with other options: {other.options}, {self.options}"
             )

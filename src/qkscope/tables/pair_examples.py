@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -56,6 +57,7 @@ class PairExamples:
 
     def __init__(self, dec: Decomposition, most: int, window: int) -> None:
         self.dec, self.window = dec, window
+        self.index_P3 = torch.stack([dec.pairs.query_P, dec.pairs.key_P, dec.pairs.head_P], 1)
         tokens = ((2 * window + 1,), torch.int32)
         kept = {
             "effect": ((), torch.float32),
@@ -67,6 +69,9 @@ class PairExamples:
             "key_tokens": tokens,
         }
         self.best = Best(len(dec.pairs), most, kept, dec.strength_P.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "dec": None}
 
     def add(self, batch: Batch, inputs: AttentionInputs, acts: dict[str, Tensor], query: Firing, key: Firing) -> None:
         """Take in one batch: both sides' activations [B, T, F], and where they fire."""
@@ -115,7 +120,7 @@ class PairExamples:
 
     def merge(self, other: PairExamples) -> None:
         """Take in what another gathered on other text for the same pairs."""
-        for pairs in torch.arange(len(self.dec.pairs), device=self.best.score_GM.device).split(MERGED_PAIRS):
+        for pairs in torch.arange(len(self.index_P3), device=self.best.score_GM.device).split(MERGED_PAIRS):
             self.best.merge(other.best, pairs, pairs)
 
     def used_tokens(self) -> set[int]:

@@ -33,9 +33,9 @@ from ...training.step1 import Step1Job
 from ...training.stream import ModelStream
 from ..adversary import adversary
 from ..controls import untrained
+from ..measure import Activity
 from ..patched import PatchedScore, ready, zero_pattern
 from ..patterns import KLScore, PatternScores, uniform_log_pattern
-from ..report import Activity
 from ..workbench import MASK, Workbench
 
 PLAIN, PLAIN_HALF = "no pair penalty", "no pair penalty, half the L0"

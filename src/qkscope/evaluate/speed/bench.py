@@ -27,7 +27,8 @@ from ...training.loop import FLOOR
 from ...training.recipes import RECIPES
 from ...training.step1 import Step1Job
 from ...training.stream import Reused
-from ..report import CURVE, measure
+from ..measure import CURVE, Sources, measure
+from ..report import figures
 from . import published, work
 from .measure import Ceiling, by_processor, in_turns, timed
 from .race import race
@@ -225,7 +226,8 @@ def _used(key: SparseTranscoder, pairs: Pairs, sample: list[AttentionInputs]) ->
 
 @torch.no_grad()
 def _evaluate(dec: Decomposition, world: World, batch: Batch, sample: list[AttentionInputs]) -> None:
-    measure(dec, world.site, [batch], sample, Examples(dec, 12, drawn=2, pairs=4), controls=False)
+    examples = Examples(dec, 12, drawn=2, pairs=4)
+    figures(dec, measure(dec, world.site, [batch], Sources.of(dec, sample, controls=False), examples))
 
 
 def _whole_mask(world: World) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""What is measured of a layer: each variant on all of the text, and parts of it that are measured apart."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_examples import Letters
+from test_faithful import a_layer
+
+from qkscope.attention import harvest
+from qkscope.evaluate.controls import shuffled_pairs, untrained
+from qkscope.evaluate.measure import CONTROLS, Sources, Sums, measure, sample_l0
+from qkscope.evaluate.patterns import KLScore
+from qkscope.evaluate.report import figures
+from qkscope.tables.examples import Examples
+
+
+def measured(name: str = "gpt2") -> dict[str, Any]:
+    """A layer of a tiny model, four batches of text and what there is to be measured."""
+    site, batches, dec = a_layer(name)
+    batches = [*batches, *a_layer(name)[1][::-1]]
+    for number, batch in enumerate(batches):
+        batch.document_B.add_(10 * number)
+    sample = [harvest([site], b.tokens_BT, b.real_BT)[0] for b in batches[:1]]
+    return {"site": site, "batches": batches, "dec": dec, "sample": sample, "sources": Sources.of(dec, sample)}
+
+
+def sums_of(layer: dict[str, Any], first: int, end: int) -> Sums:
+    text, examples = layer["batches"][first:end], Examples(layer["dec"], 2, drawn=1, pairs=2)
+    with torch.no_grad():
+        return measure(layer["dec"], layer["site"], text, layer["sources"], examples)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_control_is_measured_on_all_of_the_text(name: str) -> None:
+    layer = measured(name)
+    site, dec = layer["site"], layer["dec"]
+    report = figures(dec, sums_of(layer, 0, 4))
+    patterns = {
+        c: d.log_pattern_all for c, d in untrained(dec, layer["sample"], sample_l0(dec, layer["sample"])).items()
+    }
+    pairs, strength = shuffled_pairs(dec)
+    patterns["shuffled"] = lambda inputs: inputs.rule.masked(dec.scores(inputs, pairs, strength)).log_softmax(-1)
+    assert list(report["controls"]) == list(CONTROLS) and patterns.keys() == set(CONTROLS)
+    for control, log_pattern in patterns.items():
+        score = KLScore()
+        with torch.no_grad():
+            for batch in layer["batches"]:
+                inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
+                score.add(inputs, log_pattern(inputs))
+        assert report["controls"][control]["pattern_kl"]["mean"] == pytest.approx(score.kl.mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(1, 3), (2, 2), (0, 4)])
+def test_parts_that_are_handed_over_merge_to_the_whole(cuts: tuple[int, int], tmp_path: Path) -> None:
+    """To the same figures, also where a part is empty."""
+    layer = measured()
+    whole, merged = sums_of(layer, 0, 4), Sums(Examples(layer["dec"], 2, drawn=1, pairs=2))
+    for first, end in ((0, cuts[0]), cuts, (cuts[1], 4)):
+        written = BytesIO()
+        torch.save(sums_of(layer, first, end), written)
+        assert len(written.getbuffer()) < 500_000  # no decomposition goes with it
+        written.seek(0)
+        merged.merge(torch.load(written, map_location="cpu", weights_only=False))
+    assert figures(layer["dec"], merged) == figures(layer["dec"], whole)
+    for sums, folder in ((merged, tmp_path / "merged"), (whole, tmp_path / "whole")):
+        sums.examples.write(folder, Letters())
+    for table in ("features", "examples", "pair_examples"):
+        assert (tmp_path / "merged" / f"{table}.parquet").read_bytes() == (
+            tmp_path / "whole" / f"{table}.parquet"
+        ).read_bytes()
