@@ -1,11 +1,13 @@
 """What several processes gain: one run by one process, and by several with `--training.spread` layers and text.
 
     python benchmarks/several_processes.py --processes 2 --repeats 3 -- --layers all --training.tokens 200000
+    python benchmarks/several_processes.py --modes text -- --layers 3 --training.tokens 200000
 
 What follows `--` goes to `qkscope run`. All have as many threads in all: one process `--processes` of them, each of
-several one. The three take turns, `--repeats` times. For each: seconds from start to end, beside one process's of the
-same turn (median over turns, least and most); of these the trainings' and the evaluation's of the layer where they took
-longest; and the pattern KLs that came out. Nothing else should run on the machine.
+several one. They take turns, `--repeats` times; `--modes text` is for one layer, which can't be spread as a layer. For
+each: seconds from start to end, beside one process's of the same turn (median over turns, least and most); of these the
+trainings' and the evaluation's of the layer where they took longest (of an evaluation that is shared, the seconds of
+all); and the pattern KLs that came out. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=MODES[1:])
     parser.add_argument("options", nargs="*", help="of qkscope run, after --")
     args = parser.parse_args()
-    found: dict[str, list[float]] = {mode: [] for mode in MODES}
+    modes = (MODES[0], *args.modes)
+    found: dict[str, list[float]] = {mode: [] for mode in modes}
     print(f"{args.processes} processes, {os.cpu_count()} cores: {' '.join(args.options)}")
     for turn in range(args.repeats):
-        for mode in MODES:
+        for mode in modes:
             with tempfile.TemporaryDirectory() as folder:
                 seconds = timed(mode, args.processes, [*args.options, "--out", f"{folder}/run"])
                 found[mode].append(seconds)
                 print(f"turn {turn + 1}  {mode:12} {seconds:6.1f} s  {facts(Path(folder))}", flush=True)
-    for mode in MODES:
+    for mode in modes:
         ratios = [one / other for one, other in zip(found[MODES[0]], found[mode], strict=True)]
         middle = statistics.median(ratios)
         print(f"{mode:12} {middle:.2f} times as fast as one process ({min(ratios):.2f} to {max(ratios):.2f})")

@@ -212,7 +212,7 @@ def handed(value: Any, to: int) -> list[Any]:
     for source in range(size()):
         data = mine if source == to else _received(source)
         # What processes of one run send each other is trusted, as torch.distributed's own objects are.
-        found.append(torch.load(BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=False))
+        found.append(torch.load(BytesIO(memoryview(data.numpy())), map_location="cpu", weights_only=False))
     return found
 
 

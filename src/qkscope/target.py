@@ -3,7 +3,7 @@
 1. Step 1 is steered to a share of the bound (training/steering.py), so nobody says k.
 2. A bound on cross-entropy is turned into a KL for that: what small errors of the layer's pattern cost the model is
    measured with the untrained dictionaries, whose errors are scaled down until they have about the KL in question.
-3. Tune prunes by halves for as long as validation text stays under the bounds themselves (runner.py).
+3. Tune prunes by halves for as long as validation text stays under the bounds themselves (one_pass.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import read_json, report_of, tree
 from torch import Tensor
 
-from qkscope import AttentionSite, Decomposition, UserError, runner
+from qkscope import AttentionSite, Decomposition, UserError, one_pass
 from qkscope.attention import harvest
 from qkscope.kernels.row_kl import exp
 from qkscope.pairs.pair_map import pair_scores, rows, with_bias
@@ -42,13 +42,13 @@ def test_loaded_is_what_was_in_memory(
 ) -> None:
     """Same scores and pattern as the job at the end of its training; same logits as its pattern source says."""
     jobs: list[Any] = []
-    write = runner.Runner._write
+    write = one_pass.OnePass._write
 
     def keep(self: Any, job: Any) -> None:
         write(self, job)
         jobs.append(job.eval())
 
-    monkeypatch.setattr(runner.Runner, "_write", keep)
+    monkeypatch.setattr(one_pass.OnePass, "_write", keep)
     out = run({"layers": 1}, model)
     dec, job = Decomposition.load(out / "layer_1"), jobs[-1]
     site = AttentionSite.load(str(models(model)), layer=1)

@@ -1,7 +1,7 @@
 """Measuring one layer of a run: in pieces, which several processes may share, and what is written of them.
 
 A layer's folder then holds report.json, features.parquet, examples.parquet, pair_examples.parquet and patterns.json,
-with a rotary embedding distances.parquet, on the embedded corpus truth.json.
+with a rotary embedding pair_distance.parquet, on the embedded corpus truth.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TRUTH_TOKENS = 32_768  # held-out tokens on which features are compared with kno
 HEAD_BATCHES = 2  # ... and batches of it for the heads: one to choose what is tried, the rest to measure it
 SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
 
-ADVERSARY, TRUTH, FEWER = (("adversary", 0, 1), ("known roles", 0, 1), ("fewer pairs", 0, 1))
+ADVERSARY, TRUTH, FEWER = ("adversary", 0, 1), ("known roles", 0, 1), ("fewer pairs", 0, 1)
 
 
 def pieces_of(config: RunConfig, shares: int, *, has_head: bool) -> list[Piece]:

@@ -97,12 +97,8 @@ def evaluate_run(
     several = len(sites) > 1 and sites[0].has_head
     together = [name for name, folder in folders.items() if several and not (folder / NAME).exists()]
     config = _config_of(next(iter(folders.values())))
-    tasks = []
-    for (name, layer), (pieces, whole) in zip(layers, _shared_out(len(layers), config, sites[0]), strict=True):
-        took = None if again else (seconds or {}).get((layer, name), {})
-        tasks += [Task(name, layer, mine, whole, took) for mine in pieces]
-    pieces = shares_of_text(parallel.size())
-    tasks += [Task(name, None, [piece], parallel.size() == 1) for name in together for piece in pieces]
+    took = {(layer, name): None if again else (seconds or {}).get((layer, name), {}) for name, layer in layers}
+    tasks = _tasks(took, together, config, has_head=sites[0].has_head)
     parallel.send({"do": "evaluate", "tasks": [asdict(task) for task in tasks]})
     take_tasks(folders, tasks, sites, reporter)
     parallel.gathered(None)  # once all have measured theirs, and left the folder
@@ -112,12 +108,26 @@ def evaluate_run(
         write_page(next(iter(folders.values())).parent)
 
 
-def _shared_out(n: int, config: RunConfig, site: AttentionSite) -> list[tuple[list[list[Piece]], bool]]:
-    """For each of so many layers the pieces of its tasks, and whether it has but one."""
-    over = n % parallel.size()
-    whole = pieces_of(config, 1, has_head=site.has_head)
-    shared = pieces_of(config, -(-SHARES * parallel.size() // max(over, 1)), has_head=site.has_head)
-    return [([whole], True)] * (n - over) + [([[piece] for piece in shared], False)] * over
+def _tasks(
+    layers: Mapping[Part, dict[str, float] | None], together: Sequence[str], config: RunConfig, *, has_head: bool
+) -> list[Task]:
+    """Whole layers, as many for each process; then pieces of those that are left over, and of all layers at once.
+
+    Args:
+        layers: seconds of each one's trainings.
+        together: variants whose layers are measured all at once.
+    """
+    size = parallel.size()
+    over = len(layers) % size
+    shares = -(-SHARES * size // max(over, 1))
+    tasks = []
+    for place, ((layer, name), seconds) in enumerate(layers.items()):
+        if place < len(layers) - over:
+            tasks.append(Task(name, layer, pieces_of(config, 1, has_head=has_head), True, seconds))
+        else:
+            pieces = pieces_of(config, shares, has_head=has_head)
+            tasks += [Task(name, layer, [piece], False, seconds) for piece in pieces]
+    return tasks + [Task(name, None, [piece], size == 1) for name in together for piece in shares_of_text(size)]
 
 
 def told_tasks(told: Mapping[str, Any]) -> list[Task]:
