@@ -243,10 +243,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "run":
         _run(rest)
     elif command == "evaluate":
-        from .evaluate.run import evaluate_folder
-
-        chosen = _parse(EvaluateCommand, rest, "qkscope evaluate", {})
-        evaluate_folder(chosen.folder, device=chosen.device)
+        _evaluate(rest)
     elif command == "trace":
         from .explain.show_trace import trace_prompt
 
@@ -297,6 +294,18 @@ def _run(argv: list[str]) -> None:
         chosen = _parse(RunCommand, argv, "qkscope run", values)
         config = build(chosen.model_dump(exclude={"out", "config"}))
         run(config, chosen.out)
+
+
+def _evaluate(argv: list[str]) -> None:
+    from . import parallel
+    from .pipeline import evaluate, follow
+
+    with parallel.joined():
+        if parallel.rank() > 0:
+            follow()
+            return
+        chosen = _parse(EvaluateCommand, argv, "qkscope evaluate", {})
+        evaluate(chosen.folder, device=chosen.device)
 
 
 def _bench(argv: list[str]) -> None:

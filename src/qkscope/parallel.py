@@ -168,12 +168,12 @@ def complain(line: str) -> None:
             _world.store.set("said", "")
 
 
-def device_name(name: str) -> str:
+def device_name(name: str, option: str = "--training.device") -> str:
     """`cuda` becomes this process's own GPU, by its number among the processes of its machine."""
     if size() == 1 or not name.startswith("cuda"):
         return name
     if name != "cuda":
-        raise UserError(f"--training.device {name}: each of {size()} processes has a GPU of its own; say cuda")
+        raise UserError(f"{option} {name}: each of {size()} processes has a GPU of its own; say cuda")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
@@ -212,7 +212,7 @@ def handed(value: Any, to: int) -> list[Any]:
     for source in range(size()):
         data = mine if source == to else _received(source)
         # What processes of one run send each other is trusted, as torch.distributed's own objects are.
-        found.append(torch.load(BytesIO(memoryview(data.numpy())), map_location="cpu", weights_only=False))
+        found.append(torch.load(BytesIO(data.numpy().data), map_location="cpu", weights_only=False))
     return found
 
 

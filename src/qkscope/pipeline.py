@@ -22,7 +22,7 @@ from .decomposition import Decomposition
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
 from .evaluate.layer import memory_of
-from .evaluate.run import evaluate_run, take_tasks, told_tasks
+from .evaluate.run import config_of, evaluate_run, take_tasks, told_tasks
 from .files import remove_leftovers
 from .foreign.carry import Sides, given_dictionaries
 from .memory import USED, free_memory
@@ -36,6 +36,7 @@ from .run_folder import (
     marked,
     plain,
     recorded,
+    require_finished,
     require_same,
     shared,
     unfinished,
@@ -73,6 +74,34 @@ def run(config: RunConfig, out: str | Path, *, quiet: bool = False) -> Run:
         return _lead(config, Path(out), quiet) if parallel.rank() == 0 else Run(Path(out), follow(quiet) or config)
 
 
+def evaluate(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
+    """Measure every layer of a finished run again and write its report anew.
+
+    Raises `UserError` for a run that is not finished, or while another process writes in its folder.
+
+    In one of several processes, the first does this and the others take part.
+    """
+    with parallel.joined():
+        if parallel.rank() > 0:
+            follow(quiet)
+            return
+        config = config_of(folder)
+        with claimed(folder, ""), Reporter(quiet) as reporter:
+            require_finished(folder)
+            remove_leftovers(folder)
+            here = _device(parallel.device_name(device, "--device"), "--device")
+            _call(config, here, folder, trained=True)
+            model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(here))
+            sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
+            _leave_unless_fit(*_seen(folder, here), sites, folder, reporter)
+            evaluate_run(Run(folder, config).folders, sites, reporter, again=True)
+
+
+def _call(config: RunConfig, device: torch.device, out: Path, *, trained: bool) -> None:
+    """Tell the other processes what they are to take part in (`follow`)."""
+    parallel.send({"config": plain(config), "device": device.type, "out": str(out.absolute()), "trained": trained})
+
+
 def follow(quiet: bool = False) -> RunConfig | None:
     """Take part in the run that the first process leads; its configuration, or None where there is nothing to do."""
     told, _ = parallel.receive()
@@ -106,6 +135,23 @@ def follow(quiet: bool = False) -> RunConfig | None:
     return config
 
 
+def _seen(out: Path, device: torch.device) -> tuple[bool, int]:
+    """Whether all processes see the run's folder, which this one has claimed, and the least bytes that one has."""
+    if parallel.size() > 1:
+        parallel.send({"do": "look", "word": marked(out)})
+    return _look(True, device)
+
+
+def _leave_unless_fit(
+    seen_by_all: bool, free: int, sites: Sequence[AttentionSite], out: Path, reporter: Reporter
+) -> None:
+    """Go on alone where not all processes can measure layers."""
+    if parallel.size() > 1 and not (seen_by_all and max(map(memory_of, sites)) <= USED * free):
+        why = "have the memory for it" if seen_by_all else f"see {out} and can write there"
+        reporter.message(f"not all processes {why}: the first one measures alone")
+        parallel.leave()
+
+
 def _look(held: bool, device: torch.device) -> tuple[bool, int]:
     """Whether all processes see the run's folder and hold it, and the least bytes that one of them has."""
     held_by, free = zip(*parallel.gathered((held, free_memory(device))), strict=True)
@@ -130,8 +176,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         device = "cuda" if config.training.device == "auto" and torch.cuda.is_available() else config.training.device
         device = _device(parallel.device_name("cpu" if device == "auto" else device))
         trained = _has_all(finished, TRAINED)  # a lost report is no lost training
-        told = {"config": plain(config), "device": device.type, "out": str(out.absolute()), "trained": trained}
-        parallel.send(told)
+        _call(config, device, out, trained=trained)
         together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
         reporter.message(f"loading {config.model}{together}")
         if said := _idle(device):
@@ -143,9 +188,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         require_target(config, names.values(), sites)
         features = {} if trained else _features(config, sites)
         runner = Runner(config, names, out, sites, features, reporter)
-        if parallel.size() > 1:
-            parallel.send({"do": "look", "word": marked(out)})
-        seen_by_all, free = _look(True, device)
+        seen_by_all, free = _seen(out, device)
         plan, apart = (Passes([], {}), False) if trained else runner.plan(seen_by_all=seen_by_all, free=free)
         shapes = {s.layer: {**s.shape, "rotary": s.layout is not None} for s in sites}
         for layer, (query, _) in features.items():
@@ -155,10 +198,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
                 write_config(out / name, single, shapes, str(device))
         if not trained:
             runner.train(plan, apart=apart)
-        if parallel.size() > 1 and not (seen_by_all and max(map(memory_of, sites)) <= USED * free):
-            why = "have the memory for it" if seen_by_all else f"see {out} and can write there"
-            reporter.message(f"not all processes {why}: the first one measures alone")
-            parallel.leave()
+        _leave_unless_fit(seen_by_all, free, sites, out, reporter)
         evaluate_run(finished.folders, sites, reporter, seconds=plan.seconds)
         for path in unfinished(out):  # the plan last: with what is noted beside it, it says that all passes are done
             path.unlink()
@@ -216,7 +256,7 @@ def _require_context(config: RunConfig, model: Any) -> None:
         raise UserError(f"--data.context {config.data.context}: the model takes at most {most} positions")
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, option: str = "--training.device") -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -224,5 +264,6 @@ def _device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # else every process would hold some memory of the first GPU
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UserError(f"--training.device {name}: cannot be used here ({reason}); choose cpu or auto") from None
+        others = "cpu" if option == "--device" else "cpu or auto"
+        raise UserError(f"{option} {name}: cannot be used here ({reason}); choose {others}") from None
     return device

@@ -6,6 +6,7 @@ layers for themselves.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -388,6 +389,23 @@ def test_a_layer_is_measured_by_all(in_passes: Path, words: Words, tmp_path: Pat
     together = [f"evaluating all layers at once: held-out text, {share + 1} of {size}" for share in range(size)]
     alone = ["evaluating layer 1: adversary", "evaluating layer 1: fewer pairs"]
     assert set.union(*pieces) == {*texts, *together, *alone}
+
+
+def test_a_finished_run_is_measured_again_by_all(in_passes: Path, tmp_path: Path) -> None:
+    """One layer by each, and all of them at once by both."""
+    out = tmp_path / "run"
+    shutil.copytree(in_passes, out)
+    report = read_json(out / "layer_0" / "report.json")
+    (out / "layer_0" / "report.json").write_text(json.dumps({"seconds": report["seconds"]}))
+    (out / "layer_1" / "examples.parquet").unlink()
+    assert start(["evaluate", str(out)], tmp_path) == [0, 0], processes.said(tmp_path, 2)
+    require_equal_layers(out, in_passes)
+    seconds = read_json(out / "layer_0" / "report.json")["seconds"]
+    assert {name: s for name, s in seconds.items() if name != "evaluation"}.items() <= report["seconds"].items()
+    assert start(["evaluate", str(tmp_path / "none")], tmp_path) == [2, 2]
+    lines = [line for line in processes.said(tmp_path, 2) if line.startswith("qkscope: ")]
+    assert len(lines) == 1 and "config.yaml is missing" in lines[0], lines
+    assert not (tmp_path / "none").exists()
 
 
 def test_killed_while_all_measure_a_layer(in_passes: Path, words: Words, tmp_path: Path) -> None:

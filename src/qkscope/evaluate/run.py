@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel
-from ..attention import AttentionSite, open_sites
+from ..attention import AttentionSite
 from ..config import RunConfig, build
 from ..decomposition import read_run
-from ..files import remove_leftovers
 from ..memory import Part
-from ..models import load_model
 from ..progress import Reporter, title
-from ..run_folder import claimed, layer_folder, require_finished, variants
+from ..run_folder import layer_folder
 from .layer import LayerEvaluation, pieces_of
 from .page import write_page
 from .pieces import Evaluation, Found, Piece, shares_of_text
@@ -54,23 +52,8 @@ class Task:
         return f"evaluating {self.title}: {name}{f', {share + 1} of {shares}' if shares > 1 else ''}"
 
 
-def evaluate_folder(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
-    """Measure every layer of a finished run again and write its report anew.
-
-    Raises `UserError` for a run that is not finished, or while another process writes in its folder.
-    """
-    config = _config_of(folder)
-    with claimed(folder, ""), Reporter(quiet) as reporter:
-        require_finished(folder)
-        remove_leftovers(folder)
-        model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=device)
-        given = config.dictionary.features is not None
-        sites = open_sites(model, tokenizer, config.numbers, residual=given)
-        folders = {name: folder / name for name in variants(config)}
-        evaluate_run(folders, sites, reporter, again=True)
-
-
-def _config_of(folder: Path) -> RunConfig:
+def config_of(folder: Path) -> RunConfig:
+    """The configuration of the run in a folder."""
     return build(read_run(folder)["run"], str(folder / "config.yaml"))
 
 
@@ -96,7 +79,7 @@ def evaluate_run(
         (folders[name] / NAME).unlink(missing_ok=True)  # it was of another decomposition of this layer
     several = len(sites) > 1 and sites[0].has_head
     together = [name for name, folder in folders.items() if several and not (folder / NAME).exists()]
-    config = _config_of(next(iter(folders.values())))
+    config = config_of(next(iter(folders.values())))
     took = {(layer, name): None if again else (seconds or {}).get((layer, name), {}) for name, layer in layers}
     tasks = _tasks(took, together, config, has_head=sites[0].has_head)
     parallel.send({"do": "evaluate", "tasks": [asdict(task) for task in tasks]})
