@@ -25,6 +25,8 @@ from qkscope.run_folder import layer_folder
 from qkscope.tables import pair_examples
 from qkscope.training.stream import harvest_finite
 
+WAYS = {"bound": pair_examples.WORTH, "all terms": 0}  # what a bound may cost, in terms that it saves
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,13 +44,13 @@ def main() -> None:
 @torch.no_grad()
 def one(layer: LayerEvaluation, tokens: int) -> None:
     """Print one layer's row."""
-    dec, ways = layer.dec, {"bound": pair_examples.WORTH, "all terms": 0}
-    gathered = {way: layer.examples() for way in ways}
-    seconds = dict.fromkeys(ways, 0.0)
+    dec = layer.dec
+    gathered = {way: layer.examples() for way in WAYS}
+    seconds = dict.fromkeys(WAYS, 0.0)
     for batch in text_of(layer.site, layer.config, "heldout", tokens):
         inputs = harvest_finite(layer.site, batch)
         acts = {s: t.encode(inputs.x_BTD.float()) for s, t in zip(SIDES, (dec.query, dec.key), strict=True)}
-        for way, worth in ways.items():
+        for way, worth in WAYS.items():
             pair_examples.WORTH = worth
             began = time.monotonic()
             gathered[way].add(batch, acts, inputs)
