@@ -90,16 +90,19 @@ def evaluate(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
             require_finished(folder)
             remove_leftovers(folder)
             here = _device(parallel.device_name(device, "--device"), "--device")
-            _call(config, here, folder, trained=True)
+            _call(config, here, folder, trained=True, option="--device")
             model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(here))
             sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
             _leave_unless_fit(*_seen(folder, here), sites, folder, reporter)
             evaluate_run(Run(folder, config).folders, sites, reporter, again=True)
 
 
-def _call(config: RunConfig, device: torch.device, out: Path, *, trained: bool) -> None:
+def _call(
+    config: RunConfig, device: torch.device, out: Path, *, trained: bool, option: str = "--training.device"
+) -> None:
     """Tell the other processes what they are to take part in (`follow`)."""
-    parallel.send({"config": plain(config), "device": device.type, "out": str(out.absolute()), "trained": trained})
+    told = {"config": plain(config), "device": device.type, "option": option, "out": str(out.absolute())}
+    parallel.send({**told, "trained": trained})
 
 
 def follow(quiet: bool = False) -> RunConfig | None:
@@ -108,7 +111,7 @@ def follow(quiet: bool = False) -> RunConfig | None:
     if told is None:
         return None
     config, out = build(told["config"]), Path(told["out"])
-    device = _device(parallel.device_name(told["device"]))
+    device = _device(parallel.device_name(told["device"], told["option"]), told["option"])
     model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
     sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
     features = {} if told["trained"] else _features(config, sites)

@@ -112,6 +112,17 @@ def test_what_position_0_leaves_is_compared_however_little_it_is(size: float) ->
         assert found[metric]["without_position_0"]["mean"] == pytest.approx(rest, rel=1e-4)
 
 
+def test_nothing_at_position_0_says_nothing_of_the_rest() -> None:
+    inputs = some_inputs(79)
+    hat = another(inputs)
+    wanted = report_of(inputs, hat)
+    hat[:, :, 1:, 0] = -torch.inf
+    found = report_of(inputs, hat)
+    for metric in ("pattern_kl", "top1", "absolute_error"):
+        assert found[metric]["without_position_0"] == wanted[metric]["without_position_0"]
+    assert found["pattern_kl"]["mean"] == torch.inf
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_how_many_heads_are_compared_at_once_does_not_matter(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = some_inputs(78, **LAYERS["all"])

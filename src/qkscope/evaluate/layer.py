@@ -93,9 +93,9 @@ class LayerEvaluation:
             step1 = replace(self.dec, query=query.to(self.device), key=key.to(self.device))
         return Sources.of(self.dec, self.sample, step1=step1, controls=self.config.evaluation.controls)
 
-    def examples(self) -> Examples:
+    def examples(self, dec: Decomposition) -> Examples:
         wanted = self.config.evaluation
-        return Examples(self.dec, wanted.examples, drawn=wanted.drawn_examples, pairs=wanted.pair_examples)
+        return Examples(dec, wanted.examples, drawn=wanted.drawn_examples, pairs=wanted.pair_examples)
 
     @torch.no_grad()
     def find(self, piece: Piece) -> Found:
@@ -110,7 +110,7 @@ class LayerEvaluation:
             value = curve(self.dec, self.site, first_of(self.heldout(CURVE_TOKENS), CURVE_TOKENS), seed)
         else:
             text = (batch.to(self.device) for batch in heldout_share(self.site, self.config, *piece[1:]))
-            value = measure(self.dec, self.site, text, self.sources, self.examples())
+            value = measure(self.dec, self.site, text, self.sources, self.examples(self.dec))
         return Found(piece, value, time.monotonic() - began)
 
     def _truth(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class LayerEvaluation:
         shares = [one.value for one in found if one.piece[0] == HELDOUT]
         sums = shares[0]
         if len(shares) > 1:
-            sums = Sums(self.examples())
+            sums = Sums(self.examples(Decomposition.load(self.folder)))  # in main memory, as what was handed over
             for share in shares:
                 sums.merge(share)
         report, config = figures(self.dec, sums), self.config
@@ -167,7 +167,7 @@ class LayerEvaluation:
         if seconds is None:
             with suppress(UserError):  # it may be what is missing
                 seconds = self.dec.report.get("seconds", {})
-        took = sum(one.seconds for one in found) + time.monotonic() - began
+        took = sum(one.seconds for one in found) + time.monotonic() - began  # of all processes that shared it
         report["seconds"] = {**(seconds or {}), "evaluation": round(took, 1)}
         write_json(self.folder / "report.json", report)
         return in_brief(report)

@@ -128,6 +128,7 @@ class _True:
         rest, first = _Rest(log_hat), log_hat[..., 0]
         difference = (self.log - log_hat).masked_fill_(self.none, 0)
         kl = (self.pattern * difference).sum(-1)
+        difference[..., 0] = 0
         kl_rest = difference.mul_(self.rest.pattern).sum(-1) + rest.log_total - self.rest.log_total
         top1, top1_rest = rest.top_of_all(first) == self.top_BnQ, rest.top == self.rest.top
         error_rest = torch.linalg.vector_norm(rest.pattern - self.rest.pattern, 1, -1) / self.visible_rest_BnQ

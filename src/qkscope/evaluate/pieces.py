@@ -9,7 +9,7 @@ from typing import Any, Protocol
 HELDOUT = "held-out text"
 
 Piece = tuple[str, int, int]
-"""What is measured, and on which of how many shares of the text."""
+"""What is measured, and on which of how many shares of its text (0 of 1: on all of it)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Evaluate a run's artefacts and write what a person reads: report.json, features, examples, the page.
 
-Several processes measure layers of their own, as long as there is one for each. They share the pieces of the layers
-that are left over, and of all layers at once, and one of them puts together what was found.
+Several processes measure whole layers, as many for each; whoever is free takes the next. What is left over, fewer
+layers than processes, and all layers at once they measure piece by piece, and one of them puts together what was found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Task:
     """None: all layers at once."""
     pieces: list[Piece]
     whole: bool
-    """Whether there are no others."""
+    """Whether these are all of them, so that this process also writes what it found."""
     seconds: dict[str, float] | None = None
     """What the layer's trainings took; None: as an earlier report says."""
 
@@ -141,6 +141,7 @@ def take_tasks(
                 reporter.message(f"{task.title}: {opened(task).write(mine)}")
             else:
                 found[task.variant, task.layer] += mine
+    last = None
     shared = {(task.variant, task.layer): task for task in tasks if not task.whole}
     for place, (key, task) in enumerate(shared.items()):
         to = place % parallel.size()

@@ -248,6 +248,7 @@ def _rotary(
     sums = strength_P.new_zeros(3, len(here))
     by_key = pairs.key_P[here].argsort(stable=True)  # a product serves all rows that meet the same keys
     n_rows = (acts_QF > 0).sum(0)[pairs.query_P[here[by_key]]]
+    n_rows[1:] += rows_k.shape[1] * (pairs.key_P[here[by_key]].diff() != 0)  # what a key itself takes
     blocks = (n_rows.cumsum(0) // max(ROW_ELEMENTS // length, 1)).unique_consecutive(return_counts=True)[1]
     for place_p in by_key.split(blocks.tolist()):
         query_p, key_p = pairs.query_P[here[place_p]], pairs.key_P[here[place_p]]

@@ -47,7 +47,7 @@ BLOCK_ROWS = 1 << 18  # rows of one block of pairs, before any is left out
 BLOCK_TERMS = 1 << 17  # terms at once: about 10 MB, what a cache holds; one row alone has at most T
 WORTH = 1 << 11  # entries of the product behind a bound that cost as much as a term
 SLACK = 1e-2  # by which a bound may be wrong for rounding
-ROUNDING = 1e-3  # of a mean square, by which the variance may
+ROUNDING = 4e-3  # of a mean square, by which the variance may: also with products in TF32
 MERGED_PAIRS = 4096  # at once
 LEAST_EFFECT = 1e-6  # of a pattern entry; what is below is rounding
 
@@ -71,6 +71,7 @@ class PairExamples:
         self.best = Best(len(dec.pairs), most, kept, dec.strength_P.device)
 
     def __getstate__(self) -> dict[str, Any]:
+        """As that of `Examples`."""
         return {**vars(self), "dec": None}
 
     def add(self, batch: Batch, inputs: AttentionInputs, acts: dict[str, Tensor], query: Firing, key: Firing) -> None:
@@ -89,8 +90,10 @@ class PairExamples:
         length = batch.tokens_BT.shape[1]
         if block.bound_R is not None:
             count_C = block.cell_R.unique_consecutive(return_counts=True)[1]
-            reached_C = terms.sizes(block.take(_first_largest(block.bound_R, count_C)))
-            block = block.take((block.bound_R >= reached_C.repeat_interleave(count_C)).nonzero()[:, 0])
+            best_C = _first_largest(block.bound_R, count_C)
+            may_R = block.bound_R >= terms.sizes(block.take(best_C)).repeat_interleave(count_C)
+            may_R[best_C] = True
+            block = block.take(may_R.nonzero()[:, 0])
         size_R = terms.sizes(block)
         row_C = _first_largest(size_R, block.cell_R.unique_consecutive(return_counts=True)[1])
         size_C = size_R[row_C]
@@ -198,7 +201,7 @@ class Rows:
     """The first of the keys on which the key feature fires within what the query sees, and how many there are."""
     count_R: Tensor
     bound_R: Tensor | None
-    """What no effect of the row exceeds, where that was worth finding out."""
+    """What no effect of the row exceeds, where finding it saves more than it costs (`WORTH`)."""
     distance_pD: Tensor | None
     """M at each distance from -(T-1) to T-1."""
 
@@ -238,7 +241,8 @@ class Terms:
         if self.rule.rotary is None and self.rule.shift_free:  # a constant along the row cancels in the softmax
             rows_P[pairs.key_P == pairs.n_key] = 0
         n = self.query.count_FB.shape[1] * self.length
-        itself = n // 8 + (0 if self.rule.rotary is None else 2 * self.length)  # its column of a product, its distances
+        # A pair's column of the product behind its bound, n entries that cost less than rows, and its distances.
+        itself = n // 8 + (0 if self.rule.rotary is None else 2 * self.length)
         for head in range(self.dec.shape.N):
             here = pairs.of_head(head)
             index = rows_P[here].nonzero()[:, 0] + here.start
@@ -285,10 +289,11 @@ class Terms:
         return found.take(count_R.nonzero()[:, 0])
 
     def _bounds(self, head: int, key_f: Tensor) -> Tensor:
-        """What no P_ij |x_j - Σ_j' P_ij' x_j'| exceeds, where |x_j| is at most a_k[j,b], for these b, [n, f].
+        """What no e = P_ij |x_j - m|, m = Σ_j P_ij x_j, exceeds, where |x_j| is at most a_k[j,b], for these b, [n, f].
 
-        Such an e is at most Σ_j P_ij |x_j|. And with V the variance of x, e² ≤ V · P_ij (1 - P_ij), for the other keys
-        have together what j has, with the other sign, and no less variance than if all of them had the same.
+        Such an e is at most Σ_j P_ij |x_j|. And with V the variance of x (0 at a sink), e² ≤ V · P_ij (1 - P_ij): as
+        Σ_{j' ≠ j} P_ij' (x_j' - m) = -P_ij (x_j - m), the other keys add at least e² / (1 - P_ij) to V, and j adds
+        e² / P_ij. Only where x is a_k itself is V known; else the mean square, which it cannot exceed, stands for it.
         """
         pattern_BQK, acts_BTf = self.pattern_BNQK[:, head], self.acts_k_BTF[..., key_f]
         mean_BQf = pattern_BQK @ acts_BTf
