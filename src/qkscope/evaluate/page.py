@@ -102,7 +102,7 @@ def _facts(layer: Layer) -> str:
     said.append(f"measured on {evaluated} held-out tokens in {sequences} sequences")
     said += [_asked(target)] if (target := r.get("target")) else []
     if r.get("seconds"):
-        said.append("wall time " + ", ".join(f"{phase} {number(s)} s" for phase, s in r["seconds"].items()))
+        said.append("time " + ", ".join(f"{phase} {number(s)} s" for phase, s in r["seconds"].items()))
     if finite(check := layer.figure("map_all_check", "largest_log_pattern_difference")):
         said.append(f"all pairs, summed one by one, give the transcoders' log-pattern to within {number(check)}")
     return f'<p class="soft">{text("; ".join(said))}. In brackets: 95 % intervals over sequences.</p>'
