@@ -27,7 +27,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -193,37 +192,23 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(_broadcast(mine if r == rank() else None, r) if size() > 1 else mine) for r in range(size())]
 
 
-def handed(value: Any, to: int) -> list[Any]:
-    """Each process's value, whatever it is, in process `to`, once that has them; elsewhere nothing.
-
-    With several processes, tensors arrive in main memory.
-    """
-    if size() == 1:
-        return [value]
-    written = BytesIO()
-    torch.save(value, written)
-    mine = torch.frombuffer(written.getbuffer(), dtype=torch.uint8)
-    if rank() != to:
-        with _heard():
-            dist.send(torch.tensor([len(mine)]), to)
-            dist.send(mine, to)
-        return []
-    found = []
-    for source in range(size()):
-        data = mine if source == to else _received(source)
-        # What processes of one run send each other is trusted, as torch.distributed's own objects are.
-        found.append(torch.load(BytesIO(data.numpy().data), map_location="cpu", weights_only=False))
-    return found
+def handed(data: bytes, to: int) -> list[bytes]:
+    """Each process's bytes (one at least), in process `to`, once that has them; elsewhere nothing."""
+    if rank() == to:
+        return [data if source == to else _received(source) for source in range(size())]
+    with _heard():
+        dist.send(torch.tensor([len(data)]), to)
+        dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), to)
+    return []
 
 
-def _received(source: int) -> Tensor:
-    """Bytes that one process sends to this one."""
+def _received(source: int) -> bytes:
     with _heard():
         length = torch.zeros(1, dtype=torch.int64)
         dist.recv(length, source)
-        data = torch.empty(int(length), dtype=torch.uint8)
-        dist.recv(data, source)
-    return data
+        content = bytearray(int(length))
+        dist.recv(torch.frombuffer(content, dtype=torch.uint8), source)
+    return bytes(content)
 
 
 def receive() -> tuple[Any, dict[str, Tensor]]:

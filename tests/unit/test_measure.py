@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from qkscope.attention import harvest
 from qkscope.evaluate.controls import shuffled_pairs, untrained
 from qkscope.evaluate.measure import CONTROLS, Sources, Sums, measure, sample_l0
 from qkscope.evaluate.patterns import KLScore
+from qkscope.evaluate.pieces import HELDOUT, Found, packed, unpacked
 from qkscope.evaluate.report import figures
 from qkscope.tables.examples import Examples
 
@@ -61,11 +62,9 @@ def test_parts_that_are_handed_over_merge_to_the_whole(cuts: tuple[int, int], tm
     layer = measured()
     whole, merged = sums_of(layer, 0, 4), Sums(Examples(layer["dec"], 2, drawn=1, pairs=2))
     for first, end in ((0, cuts[0]), cuts, (cuts[1], 4)):
-        written = BytesIO()
-        torch.save(sums_of(layer, first, end), written)
-        assert len(written.getbuffer()) < 500_000  # no decomposition goes with it
-        written.seek(0)
-        merged.merge(torch.load(written, map_location="cpu", weights_only=False))
+        data = packed([Found((HELDOUT, 0, 1), sums_of(layer, first, end), 0.0)])
+        assert len(data) < 500_000  # no decomposition goes with it
+        merged.merge(unpacked(data)[0].value)
     assert figures(layer["dec"], merged) == figures(layer["dec"], whole)
     for sums, folder in ((merged, tmp_path / "merged"), (whole, tmp_path / "whole")):
         sums.examples.write(folder, Letters())
@@ -73,3 +72,8 @@ def test_parts_that_are_handed_over_merge_to_the_whole(cuts: tuple[int, int], tm
         assert (tmp_path / "merged" / f"{table}.parquet").read_bytes() == (
             tmp_path / "whole" / f"{table}.parquet"
         ).read_bytes()
+
+
+def test_nothing_else_is_unpacked() -> None:
+    with pytest.raises(UnpicklingError, match="Weights only load failed"):
+        unpacked(packed([Path("elsewhere")]))  # type: ignore[list-item]

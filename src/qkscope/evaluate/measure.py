@@ -22,7 +22,7 @@ from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
 from .patched import PatchedScore, ready, zero_pattern
-from .patterns import KLScores, MeanPattern, PatternScores, uniform_log_pattern, uniform_pattern
+from .patterns import KLScore, MeanPattern, PatternScores, uniform_log_pattern, uniform_pattern
 
 DENSE = 0.1  # a feature that fires on more than this share of tokens is dense
 HISTOGRAM_EDGES = [-6 + 0.25 * i for i in range(25)]  # log10 of the share of tokens a feature fires on
@@ -83,7 +83,7 @@ class Sums:
 
     examples: Examples
     scores: PatternScores = field(default_factory=PatternScores)
-    curve: KLScores = field(default_factory=KLScores)
+    curve: dict[float, KLScore] = field(default_factory=dict)
     """By share of the kept pairs."""
     activity: dict[str, Activity] = field(default_factory=lambda: {side: Activity() for side in SIDES})
     active: Ratio = field(default_factory=Ratio)
@@ -98,7 +98,8 @@ class Sums:
         """Take in those of what follows in the text."""
         self.examples.merge(other.examples)
         self.scores.merge(other.scores)
-        self.curve.merge(other.curve)
+        for share, score in other.curve.items():
+            self.curve.setdefault(share, KLScore()).kl.merge(score.kl)
         for side, activity in self.activity.items():
             activity.merge(other.activity[side])
         self.active.merge(other.active)
@@ -162,7 +163,8 @@ def measure(
         patterns["map_all"] = _map_all(dec, inputs, acts)
         sums.scores.add(inputs, patterns)
         for share, (pairs, strength) in sources.curve.items():
-            sums.curve[share].add(inputs, _masked(inputs, dec.scores(inputs, pairs, strength)))
+            score = sums.curve.setdefault(share, KLScore())
+            score.add(inputs, _masked(inputs, dec.scores(inputs, pairs, strength)))
         _add_active(sums.active, dec, inputs, acts)
         if sums.check is None:
             sums.check = _check_map(dec, inputs)

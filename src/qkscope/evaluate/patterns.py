@@ -58,27 +58,18 @@ class PatternScore:
         }
 
 
-class KLScores(dict[Any, KLScore]):
-    """The pattern KL of variants by name."""
+@dataclass
+class PatternScores:
+    """Scores of variants."""
 
-    def __missing__(self, name: Any) -> KLScore:
-        return self.setdefault(name, KLScore())
+    by_name: dict[str, PatternScore] = field(default_factory=dict)
 
-    def merge(self, other: KLScores) -> None:
-        """Take in what follows in the text."""
-        for name, score in other.items():
-            self[name].kl.merge(score.kl)
-
-
-class PatternScores(dict[str, PatternScore]):
-    """Scores of variants by name."""
-
-    def __missing__(self, name: str) -> PatternScore:
-        return self.setdefault(name, PatternScore())
+    def __getitem__(self, name: str) -> PatternScore:
+        return self.by_name.setdefault(name, PatternScore())
 
     def merge(self, other: PatternScores) -> None:
         """Take in what follows in the text."""
-        for name, score in other.items():
+        for name, score in other.by_name.items():
             for metric, ratio in vars(score).items():
                 getattr(self[name], metric).merge(ratio)
 

@@ -35,7 +35,7 @@ def figures(dec: Decomposition, sums: Sums) -> dict[str, Any]:
         "pairs": _pair_report(dec, found, sums),
         "map_all_check": {"largest_log_pattern_difference": sums.check, "positions": CHECK_TOKENS},
     }
-    by_variant = {name: score.report() for name, score in sums.scores.items()}
+    by_variant = {name: score.report() for name, score in sums.scores.by_name.items()}
     for metric in ("pattern_kl", "top1", "absolute_error"):
         report[metric] = {name: by_variant[name][metric] for name in by_variant if name not in CONTROLS}
     controls = [name for name in CONTROLS if name in by_variant]

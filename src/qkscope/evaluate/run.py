@@ -21,7 +21,7 @@ from ..progress import Reporter, title
 from ..run_folder import layer_folder
 from .layer import LayerEvaluation, pieces_of
 from .page import write_page
-from .pieces import Evaluation, Found, Piece, shares_of_text
+from .pieces import Evaluation, Found, Piece, handed_over, shares_of_text
 from .together import NAME, Together
 
 SHARES = 2  # of a layer's held-out text for each process that shares it, so that none waits long for the last
@@ -144,12 +144,9 @@ def take_tasks(
     last = None
     shared = {(task.variant, task.layer): task for task in tasks if not task.whole}
     for place, (key, task) in enumerate(shared.items()):
-        to = place % parallel.size()
-        handed = [one for mine in parallel.handed(found.pop(key, []), to) for one in mine]
-        if to == parallel.rank():
+        if every := handed_over(found.pop(key, []), place % parallel.size()):
             with parallel.alone():
-                in_order = sorted(handed, key=lambda one: one.piece)
-                reporter.message(f"{task.title}: {opened(task).write(in_order)}")
+                reporter.message(f"{task.title}: {opened(task).write(every)}")
 
 
 def _opened(folder: Path, task: Task, sites: Sequence[AttentionSite]) -> Evaluation:
