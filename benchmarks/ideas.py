@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from qkscope.attention import AttentionSite
 from qkscope.config import DictionaryConfig
 from qkscope.dictionary import SparseTranscoder
-from qkscope.evaluate.patched import Predictions
+from qkscope.evaluate.predictions import Predictions
 from qkscope.evaluate.quality.bench import LayerBench
 from qkscope.evaluate.quality.report import SIZES, kl_of, row_line
 from qkscope.kernels.mostly_zero import MostlyZero

@@ -45,7 +45,7 @@ def main() -> None:
 def one(layer: LayerEvaluation, tokens: int) -> None:
     """Print one layer's row."""
     dec = layer.dec
-    gathered = {way: layer.examples() for way in WAYS}
+    gathered = {way: layer.examples(dec) for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
     for batch in text_of(layer.site, layer.config, "heldout", tokens):
         inputs = harvest_finite(layer.site, batch)

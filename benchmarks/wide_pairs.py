@@ -85,7 +85,7 @@ class Case:
         if way == "evaluate":
             s_P = weight_strength(pairs, rows(query, shape.N), rows(key, shape.G)).detach()
             dec = Decomposition(layer, shape, query, key, pairs, s_P, s_P, s_P.abs(), RunConfig())
-            return lambda: KLScore().add(inputs, dec.log_pattern_kept(inputs))
+            return lambda: KLScore().add(inputs, dec.kept_by_head(inputs))
         rate = 1e-3 if way == "tune" else 0.0
         job = MapJob(
             layer, way, query, key, pairs, dictionary_rate=rate, strength_rate=1e-3, dropped_sparsity=DROPPED

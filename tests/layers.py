@@ -12,7 +12,7 @@ from qkscope.config import Activation, DictionaryConfig, RunConfig, TrainingConf
 from qkscope.decomposition import Decomposition, SiteShape
 from qkscope.dictionary import SparseTranscoder
 from qkscope.pairs.pair_map import Pairs, pair_scores, rows, weight_strength, with_bias
-from qkscope.pattern import AttentionInputs, PatternRule
+from qkscope.pattern import AttentionInputs, HeadPatterns, PatternRule
 from qkscope.rotary import Rotary
 from qkscope.training.recipes import resolved
 from qkscope.training.step1 import Step1Job
@@ -297,3 +297,13 @@ def some_decomposition(
     values = {"dictionary": {"width": widths[0], "width_key": widths[1], "k": 3}, "training": {"seed": seed}}
     strength = torch.randn(len(pairs), generator=torch.Generator().manual_seed(seed))
     return Decomposition(3, shape, *sides, pairs, strength, strength, strength.abs(), RunConfig.model_validate(values))
+
+
+def by_head(log_pattern: Tensor) -> HeadPatterns:
+    """A log-pattern that is there already, some heads at a time."""
+    return lambda heads: log_pattern[:, heads]
+
+
+def whole(patterns: HeadPatterns, inputs: AttentionInputs) -> Tensor:
+    """All heads of a pattern at once."""
+    return patterns(slice(0, inputs.q_BTNH.shape[2]))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .models import blocks_through, load_model
-from .pattern import AttentionInputs, PatternRule, PatternSource
+from .pattern import AttentionInputs, HeadPatterns, HeadSource, PatternRule, PatternSource
 from .rotary import RotaryCall, RotaryLayout
 from .routing import IMPLEMENTATION, SUPPORTED, Stop, attention_modules, handlers, name_of, no_cache, random_tokens
 
@@ -92,15 +92,16 @@ class AttentionSite:
 
     @contextmanager
     def replace_pattern(
-        self, source: PatternSource | Any, pairs: str = "kept", *, residual: bool | None = None
+        self, source: PatternSource | HeadSource | Any, pairs: str = "kept", *, residual: bool | None = None
     ) -> Iterator[None]:
         """While open, this layer's pattern is `source`'s: a function of `AttentionInputs`, or a `Decomposition`.
 
-        Values, and everything else in the model, stay as they are. `pairs` is handed to a decomposition: "kept" (the
-        pruned map) or "all" (the transcoders); it is handed the x that it reads, whatever the site is set to. What a
-        function is handed, `residual` may say.
+        A function gives the whole pattern, or some heads' at a time (`HeadPatterns`). Values, and everything else in
+        the model, stay as they are. `pairs` is handed to a decomposition: "kept" (the pruned map) or "all" (the
+        transcoders); it is handed the x that it reads, whatever the site is set to. What a function is handed,
+        `residual` may say.
         """
-        of_pairs = getattr(source, "pattern_source", None)
+        of_pairs = getattr(source, "head_source", None)
         pattern = of_pairs(pairs) if of_pairs else source
         with self._handle(lambda inputs: pattern(inputs), getattr(source, "residual", residual)):
             yield
@@ -165,7 +166,7 @@ class AttentionSite:
 
     @contextmanager
     def _handle(
-        self, on_inputs: Callable[[AttentionInputs], Tensor | None], residual: bool | None = None
+        self, on_inputs: Callable[[AttentionInputs], Tensor | HeadPatterns | None], residual: bool | None = None
     ) -> Iterator[None]:
         residual = self.residual if residual is None else residual
         arguments: dict[str, Any] = {}
@@ -179,7 +180,9 @@ class AttentionSite:
             bound = signature.bind_partial(*args, **kwargs).arguments
             arguments.update(bound, **bound.get("kwargs", {}))
 
-        def handler(module: nn.Module, q: Tensor, k: Tensor, value: Tensor, rule: PatternRule) -> Tensor | None:
+        def handler(
+            module: nn.Module, q: Tensor, k: Tensor, value: Tensor, rule: PatternRule
+        ) -> Tensor | HeadPatterns | None:
             q, k = q.float(), k.float()  # back in bfloat16, rotated back values would be rounded a second time
             if self.layout is not None:
                 rotary = self.layout.rotary(*arguments["position_embeddings"])

@@ -25,11 +25,10 @@ from .config import RunConfig, build, one_line
 from .dictionary import SparseTranscoder
 from .errors import UserError
 from .files import read_tensors, write_atomic, write_tensors
-from .kernels.row_kl import exp
 from .norm import Norm
 from .pairs.active import Active
-from .pairs.pair_map import Pairs, active_scores, rows
-from .pattern import AttentionInputs, PatternSource
+from .pairs.pair_map import Pairs, active_scores_by_head, rows
+from .pattern import AttentionInputs, HeadPatterns, HeadSource, PatternSource, patterns_of
 from .residual import Reading, ResidualTranscoder
 
 if TYPE_CHECKING:
@@ -95,31 +94,52 @@ class Decomposition:
 
     def pattern_source(self, pairs: str = "kept") -> PatternSource:
         """The pattern for what an attention saw: "kept" by the pruned map, "all" by the transcoders."""
+        by_head = self.head_source(pairs)
+        return lambda inputs: by_head(inputs)(slice(0, self.shape.N))
+
+    def head_source(self, pairs: str = "kept") -> HeadSource:
+        """`pattern_source` some heads at a time, for long contexts."""
         if pairs not in ("kept", "all"):
             raise UserError(f"pairs={pairs!r}: choose 'kept' or 'all'")
-        log_pattern = self.log_pattern_kept if pairs == "kept" else self.log_pattern_all
-        return lambda inputs: exp(log_pattern(inputs))
+        log_pattern = self.kept_by_head if pairs == "kept" else self.all_by_head
+        return lambda inputs: patterns_of(log_pattern(inputs))
 
-    @torch.no_grad()
     def log_pattern_all(self, inputs: AttentionInputs) -> Tensor:
         """Log-pattern of the reconstructed queries and keys, [B, N, Q, K]."""
-        x = self.x_of(inputs)
-        q, k = self.query(x).view(inputs.q_BTNH.shape), self.key(x).view(inputs.k_BTGH.shape)
-        return inputs.rule.log_pattern(q, k)
+        return self.all_by_head(inputs)(slice(0, self.shape.N))
 
-    @torch.no_grad()
     def log_pattern_kept(self, inputs: AttentionInputs) -> Tensor:
         """Log-pattern of the pruned map, [B, N, Q, K]."""
-        return inputs.rule.masked(self.scores(inputs)).log_softmax(-1)
+        return self.kept_by_head(inputs)(slice(0, self.shape.N))
 
-    @torch.no_grad()
     def scores(self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None) -> Tensor:
         """Capped scores of the kept pairs (or of others), [B, N, Q, K], before the mask."""
+        return self.scores_by_head(inputs, pairs, strength_P)(slice(0, self.shape.N))
+
+    @torch.no_grad()
+    def all_by_head(self, inputs: AttentionInputs) -> HeadPatterns:
+        """`log_pattern_all` some heads at a time."""
+        x = self.x_of(inputs)
+        q, k = self.query(x).view(inputs.q_BTNH.shape), self.key(x).view(inputs.k_BTGH.shape)
+        return inputs.rule.log_pattern_by_head(q, k)
+
+    def kept_by_head(
+        self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None
+    ) -> HeadPatterns:
+        """`log_pattern_kept` (or that of other pairs) some heads at a time."""
+        scores = self.scores_by_head(inputs, pairs, strength_P)
+        return lambda heads: inputs.rule.of_heads(heads).masked(scores(heads)).log_softmax(-1)
+
+    @torch.no_grad()
+    def scores_by_head(
+        self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None
+    ) -> HeadPatterns:
+        """`scores` some heads at a time."""
         x, pairs = self.x_of(inputs), self.pairs if pairs is None else pairs
         every_BT = torch.ones_like(inputs.real_BT)  # scores of padding too: what becomes of them is the mask's to say
         queries = Active.read(self.query, x.flatten(0, 1), every_BT, pairs.queries)
         keys = Active.read(self.key, x.flatten(0, 1), every_BT, pairs.keys)
-        return active_scores(
+        found = active_scores_by_head(
             pairs,
             self.strength_P if strength_P is None else strength_P,
             queries,
@@ -127,6 +147,7 @@ class Decomposition:
             lambda: (rows(self.query, self.shape.N), rows(self.key, self.shape.G)),
             inputs.rule,
         )
+        return torch.no_grad()(found)
 
     def trace(self, site: Any, prompt: str, head: int = 0) -> Trace:
         """One prompt in this layer: its patterns, and the pairs behind them (see explain/trace.py)."""

@@ -6,6 +6,7 @@ width. With learned sinks a pattern has one more column at the end, the sink's.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -13,7 +14,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .kernels.row_kl import exp
 from .rotary import Rotary
+
+HeadPatterns = Callable[[slice], Tensor]
+"""A pattern or its log, some heads (of `head_blocks`) at a time, [B, n, Q, K]: whole, it may be too large to hold."""
+
+
+BLOCK = 1 << 25  # entries of patterns at once: 128 MB; ...
+BLOCK_CPU = 1 << 19  # ... on a CPU 2 MB, near the cache, or one head's
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,14 @@ class PatternRule:
         """Log of the attention pattern, float32 [B, N, Q, K] (one more column with a sink); -inf where masked."""
         return self.masked(self.scores(q_BTNH, k_BTGH)).log_softmax(-1)
 
+    def log_pattern_by_head(self, q_BTNH: Tensor, k_BTGH: Tensor) -> HeadPatterns:
+        """`log_pattern` some heads at a time."""
+        return lambda heads: self.of_heads(heads).log_pattern(*qk_of_heads(heads, q_BTNH, k_BTGH))
+
+    def of_heads(self, heads: slice) -> PatternRule:
+        """The rule of some query heads."""
+        return self if self.sink_N is None else replace(self, sink_N=self.sink_N[heads])
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -90,22 +107,54 @@ class AttentionInputs:
         """The model's own pattern; kept, so for batches that go by rather than for samples that stay."""
         return self.rule.log_pattern(self.q_BTNH, self.k_BTGH)
 
+    @property
+    def log_pattern_by_head(self) -> HeadPatterns:
+        """The same some heads at a time, and not kept."""
+        return self.rule.log_pattern_by_head(self.q_BTNH, self.k_BTGH)
+
+    def head_blocks(self) -> Iterator[slice]:
+        """Which heads at a time."""
+        return head_blocks(self.q_BTNH, self.k_BTGH)
+
     def one_head(self, head: int) -> AttentionInputs:
         """The same for one query head (and the key head it reads) alone."""
-        group = head * self.k_BTGH.shape[2] // self.q_BTNH.shape[2]
-        sink = None if self.rule.sink_N is None else self.rule.sink_N[head : head + 1]
-        return replace(
-            self,
-            q_BTNH=self.q_BTNH[:, :, head : head + 1],
-            k_BTGH=self.k_BTGH[:, :, group : group + 1],
-            rule=replace(self.rule, sink_N=sink),
-        )
+        heads = slice(head, head + 1)
+        q, k = qk_of_heads(heads, self.q_BTNH, self.k_BTGH)
+        return replace(self, q_BTNH=q, k_BTGH=k, rule=self.rule.of_heads(heads))
 
     def detached(self) -> AttentionInputs:
         return replace(self, x_BTD=self.x_BTD.detach(), q_BTNH=self.q_BTNH.detach(), k_BTGH=self.k_BTGH.detach())
+
+
+def head_blocks(q_BTNH: Tensor, k_BTGH: Tensor) -> Iterator[slice]:
+    """Query heads, as many at a time as `BLOCK` allows: whole groups of them that share a key head, or equal parts of
+    one."""
+    batch, length, n_query, _ = q_BTNH.shape
+    most = max((BLOCK_CPU if q_BTNH.device.type == "cpu" else BLOCK) // (batch * length * k_BTGH.shape[1]), 1)
+    group = n_query // k_BTGH.shape[2]
+    step = most // group * group or max(n for n in range(1, min(most, group) + 1) if group % n == 0)
+    return (slice(start, min(start + step, n_query)) for start in range(0, n_query, step))
+
+
+def patterns_of(log_patterns: HeadPatterns) -> HeadPatterns:
+    """Patterns of their logs."""
+    return lambda heads: exp(log_patterns(heads))
+
+
+def qk_of_heads(heads: slice, q_BTNH: Tensor, k_BTGH: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries of these heads (of `head_blocks`), and the keys that they read."""
+    n_query, n_key = q_BTNH.shape[2], k_BTGH.shape[2]
+    groups = slice(heads.start * n_key // n_query, (heads.stop - 1) * n_key // n_query + 1)
+    return q_BTNH[:, :, heads], k_BTGH[:, :, groups]
 
 
 class PatternSource(Protocol):
     """Anything that gives a pattern for what an attention saw: a decomposition, an ablation, a control."""
 
     def __call__(self, inputs: AttentionInputs) -> Tensor: ...
+
+
+class HeadSource(Protocol):
+    """The same, some heads at a time, for long contexts."""
+
+    def __call__(self, inputs: AttentionInputs) -> HeadPatterns: ...

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from .errors import UserError
-from .pattern import PatternRule
+from .pattern import HeadPatterns, PatternRule, head_blocks, patterns_of
 
 IMPLEMENTATION = "qkscope"
 SUPPORTED = (
@@ -32,7 +32,7 @@ class Stop(Exception):
     """Ends a forward pass after the last wanted layer."""
 
 
-Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | None]
+Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | HeadPatterns | None]
 handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
 _seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
 
@@ -65,10 +65,19 @@ def _attention(
     q, k = query.transpose(1, 2), key.transpose(1, 2)
     pattern = handler(module, q, k, value, rule) if handler else None
     if pattern is None:
-        pattern = rule.log_pattern(q, k).exp()
-    pattern = pattern[..., : key.shape[2]].to(value.dtype)  # the sink takes mass and carries no value
+        pattern = patterns_of(rule.log_pattern_by_head(q, k))
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return (pattern @ value).transpose(1, 2).contiguous(), pattern
+    if isinstance(pattern, Tensor):
+        pattern = _of_keys(pattern, value)
+        return (pattern @ value).transpose(1, 2).contiguous(), pattern
+    blocks = head_blocks(q, k)
+    out = torch.cat([_of_keys(pattern(heads), value) @ value[:, heads] for heads in blocks], 1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _of_keys(pattern: Tensor, value: Tensor) -> Tensor:
+    """Without the sink, which takes mass and carries no value; in the values' type."""
+    return pattern[..., : value.shape[2]].to(value.dtype)
 
 
 def _is_causal(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:

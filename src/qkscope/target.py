@@ -23,10 +23,9 @@ from .data import Batch
 from .decomposition import Decomposition
 from .dictionary import SparseTranscoder
 from .errors import UserError
-from .evaluate.patched import PatchedScore
+from .evaluate.patched import PatchedScore, as_source
 from .evaluate.patterns import KLScore
-from .kernels.row_kl import exp
-from .pattern import AttentionInputs, PatternSource
+from .pattern import AttentionInputs, HeadPatterns
 from .training.stream import harvest_finite
 
 STEERED = ("batchtopk", "jumprelu")  # activations whose k can be any number
@@ -106,9 +105,10 @@ def cost_of(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], b
     score, patched = KLScore(), PatchedScore()
     for batch in batches:
         inputs = harvest_finite(site, batch)
-        score.add(inputs, dec.log_pattern_kept(inputs))
+        kept = dec.kept_by_head(inputs)
+        score.add(inputs, kept)
         if bounds.ce is not None:
-            patched.add(site, batch, {"map": dec.pattern_source("kept")})
+            patched.add(site, batch, {"map": as_source(kept)})
     return Cost(score.kl.figure()["mean"], None if bounds.ce is None else patched.increase("map")["mean"])
 
 
@@ -150,24 +150,26 @@ def kl_for(loss: float, points: Sequence[tuple[float, float]]) -> float:
 
 
 def _paid(
-    log_pattern: Callable[[AttentionInputs], Tensor], site: AttentionSite, batches: Sequence[Batch]
+    log_pattern: Callable[[AttentionInputs], HeadPatterns], site: AttentionSite, batches: Sequence[Batch]
 ) -> tuple[float, float]:
     """Pattern KL and logit KL of a log-pattern."""
     score, patched = KLScore(), PatchedScore()
-    source: PatternSource = lambda inputs: exp(log_pattern(inputs))  # noqa: E731
     for batch in batches:
         inputs = harvest_finite(site, batch)
-        score.add(inputs, log_pattern(inputs))
-        patched.add(site, batch, {"scaled": source})
+        scaled = log_pattern(inputs)
+        score.add(inputs, scaled)
+        patched.add(site, batch, {"scaled": as_source(scaled)})
     return score.kl.figure()["mean"], patched.kl["scaled"].figure()["mean"]
 
 
-def scaled_errors(query: SparseTranscoder, key: SparseTranscoder, scale: float) -> Callable[[AttentionInputs], Tensor]:
+def scaled_errors(
+    query: SparseTranscoder, key: SparseTranscoder, scale: float
+) -> Callable[[AttentionInputs], HeadPatterns]:
     """The log-pattern of dictionaries with their errors of queries and keys scaled."""
 
-    def log_pattern(inputs: AttentionInputs) -> Tensor:
+    def log_pattern(inputs: AttentionInputs) -> HeadPatterns:
         x, q, k = inputs.x_BTD.float(), inputs.q_BTNH.float(), inputs.k_BTGH.float()
         q_hat, k_hat = query(x).view(q.shape), key(x).view(k.shape)
-        return inputs.rule.log_pattern(q + scale * (q_hat - q), k + scale * (k_hat - k))
+        return inputs.rule.log_pattern_by_head(q + scale * (q_hat - q), k + scale * (k_hat - k))
 
     return log_pattern

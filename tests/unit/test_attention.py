@@ -342,7 +342,7 @@ def test_a_site_cannot_be_replaced_twice_at_once() -> None:
 
 def test_pairs_are_handed_to_a_decomposition() -> None:
     class Decomposition:
-        def pattern_source(self, pairs: str) -> Any:
+        def head_source(self, pairs: str) -> Any:
             asked.append(pairs)
             return uniform
 

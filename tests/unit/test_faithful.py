@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import close, some_decomposition
+from layers import by_head, close, some_decomposition
 from tiny import VOCABULARY, tiny_model
 
 from qkscope.attention import AttentionSite, harvest
@@ -44,7 +44,7 @@ def test_a_cut_is_the_map_of_those_pairs_alone(name: str, monkeypatch: pytest.Mo
         score = KLScore()
         for batch in batches:
             inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
-            score.add(inputs, alone.log_pattern_kept(inputs))
+            score.add(inputs, by_head(alone.log_pattern_kept(inputs)))
         close(torch.tensor(found[cut]["pattern_kl"]["mean"]), torch.tensor(score.kl.mean))
         assert found[cut]["logit_kl"]["mean"] > 0
     figures = [found[cut]["pattern_kl"]["mean"] for cut in CUTS]

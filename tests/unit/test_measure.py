@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import by_head
 from test_examples import Letters
 from test_faithful import a_layer
 
@@ -52,7 +53,7 @@ def test_every_control_is_measured_on_all_of_the_text(name: str) -> None:
         with torch.no_grad():
             for batch in layer["batches"]:
                 inputs = harvest([site], batch.tokens_BT, batch.real_BT)[0]
-                score.add(inputs, log_pattern(inputs))
+                score.add(inputs, by_head(log_pattern(inputs)))
         assert report["controls"][control]["pattern_kl"]["mean"] == pytest.approx(score.kl.mean, rel=1e-5)
 
 

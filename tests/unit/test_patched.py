@@ -11,8 +11,9 @@ from tiny import VOCABULARY, tiny_model
 
 from qkscope.attention import AttentionSite
 from qkscope.data.sequences import Batch
-from qkscope.evaluate.patched import PatchedScore, Predictions, zero_pattern
+from qkscope.evaluate.patched import PatchedScore, zero_pattern
 from qkscope.evaluate.patterns import uniform_pattern
+from qkscope.evaluate.predictions import Predictions
 from qkscope.kernels.row_kl import exp
 
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 import torch
-from layers import LAYERS, close, some_inputs
+from layers import LAYERS, by_head, close, some_inputs, whole
 from torch import Tensor
 
-from qkscope.evaluate import patterns
+from qkscope import pattern
 from qkscope.evaluate.patterns import KLScore, MeanPattern, PatternScores, uniform_log_pattern
-from qkscope.pattern import AttentionInputs
+from qkscope.pattern import AttentionInputs, HeadPatterns
+
+
+@dataclass(frozen=True)
+class Given(AttentionInputs):
+    """Inputs whose pattern is this one."""
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs, log_pattern: Tensor) -> Given:
+        given = cls(*(getattr(inputs, field.name) for field in fields(inputs)))
+        given.__dict__["log_pattern_BNQK"] = log_pattern
+        return given
+
+    @property
+    def log_pattern_by_head(self) -> HeadPatterns:
+        return by_head(self.log_pattern_BNQK)
 
 
 def another(inputs: AttentionInputs, seed: int = 0) -> Tensor:
@@ -25,7 +41,7 @@ def another(inputs: AttentionInputs, seed: int = 0) -> Tensor:
 def report_of(inputs: AttentionInputs, log_hat: Tensor) -> dict[str, Any]:
     """The scores of one log-pattern on one batch."""
     scores = PatternScores()
-    scores.add(inputs, {"it": log_hat})
+    scores.add(inputs, {"it": by_head(log_hat)})
     return scores["it"].report()
 
 
@@ -60,8 +76,8 @@ def test_scores_are_the_loops(name: str) -> None:
     for seed, batch in ((71, 2), (72, 3)):
         inputs = some_inputs(seed, **{**LAYERS[name], "batch": batch})
         batches.append((inputs, another(inputs)))
-        scores.add(batches[-1][0], {"another": batches[-1][1], "uniform": uniform_log_pattern(inputs)})
-        alone.add(*batches[-1])
+        scores.add(inputs, {"another": by_head(batches[-1][1]), "uniform": uniform_log_pattern(inputs)})
+        alone.add(inputs, by_head(batches[-1][1]))
     report = scores["another"].report()
     whole, rest = slow_report(batches, False, None), slow_report(batches, True, None)
     for m, metric in enumerate(("pattern_kl", "top1", "absolute_error")):
@@ -93,8 +109,9 @@ def test_agreement_on_position_0_alone_is_seen_through() -> None:
     true, hat = scores.clone(), scores.clone()
     for i in range(2, 6):
         true[0, 0, i, i], hat[0, 0, i, i - 1] = 2.0, 2.0
-    inputs.__dict__["log_pattern_BNQK"] = inputs.rule.masked(true).log_softmax(-1)
-    report = report_of(inputs, inputs.rule.masked(hat).log_softmax(-1))
+    report = report_of(
+        Given.of(inputs, inputs.rule.masked(true).log_softmax(-1)), inputs.rule.masked(hat).log_softmax(-1)
+    )
     assert report["top1"]["mean"] == 1 and report["top1"]["without_position_0"]["mean"] == pytest.approx(1 / 5)
     assert report["pattern_kl"]["mean"] < 0.2 < 0.5 < report["pattern_kl"]["without_position_0"]["mean"]
 
@@ -103,7 +120,7 @@ def test_agreement_on_position_0_alone_is_seen_through() -> None:
 def test_what_position_0_leaves_is_compared_however_little_it_is(size: float) -> None:
     """At 95 nats what is left is nothing in float32."""
     inputs = some_inputs(77)
-    hat = another(inputs)
+    inputs, hat = Given.of(inputs, inputs.log_pattern_BNQK), another(inputs)
     for log in (inputs.log_pattern_BNQK, hat):
         log[..., 1:] -= size
     found = report_of(inputs, hat)
@@ -126,9 +143,9 @@ def test_nothing_at_position_0_says_nothing_of_the_rest() -> None:
 @pytest.mark.parametrize("heads", [1, 3])
 def test_how_many_heads_are_compared_at_once_does_not_matter(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = some_inputs(78, **LAYERS["all"])
-    whole = report_of(inputs, another(inputs))
-    monkeypatch.setattr(patterns, "HEADS_ELEMENTS", heads * inputs.log_pattern_BNQK[:, 0].numel())
-    assert report_of(inputs, another(inputs)) == whole
+    wanted = report_of(inputs, another(inputs))
+    monkeypatch.setattr(pattern, "BLOCK_CPU", heads * inputs.log_pattern_BNQK[:, 0].numel())
+    assert report_of(inputs, another(inputs)) == wanted
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -145,7 +162,7 @@ def test_what_stands_in_padded_rows_does_not_count(name: str) -> None:
 @pytest.mark.parametrize("name", ["causal", "sliding", "padded", "sink", "softcap"])
 def test_uniform_pattern(name: str) -> None:
     inputs = some_inputs(76, **LAYERS[name])
-    found = uniform_log_pattern(inputs).exp()
+    found = whole(uniform_log_pattern(inputs), inputs).exp()
     assert found.shape == inputs.log_pattern_BNQK.shape
     sees = inputs.log_pattern_BNQK > -torch.inf
     close(found, sees / sees.sum(-1, keepdim=True), 1e-6)
@@ -177,7 +194,7 @@ def test_mean_pattern_is_the_loops(sink: bool) -> None:
     sample = mean_sample(sink=sink)
     mean = MeanPattern(sample)
     other = some_inputs(79, length=5, sink=sink)
-    found = mean(other)
+    found = whole(mean(other), other)
     assert found.shape == other.log_pattern_BNQK.shape
     for b, n, i in ((0, 0, 0), (0, 1, 2), (1, 3, 4), (1, 2, 3)):
         for j in range(5):
@@ -191,13 +208,13 @@ def test_mean_pattern_is_the_loops(sink: bool) -> None:
 def test_mean_pattern_beyond_what_it_has_seen_is_uniform(sink: bool) -> None:
     mean = MeanPattern(mean_sample(sink=sink))
     longer = some_inputs(80, length=9, sink=sink)
-    found = mean(longer)
-    close(found[:, :, 6:], uniform_log_pattern(longer).exp()[:, :, 6:], 1e-6)
+    found, uniform = whole(mean(longer), longer), whole(uniform_log_pattern(longer), longer).exp()
+    close(found[:, :, 6:], uniform[:, :, 6:], 1e-6)
     close(found.sum(-1), torch.ones_like(found.sum(-1)), 1e-5)
-    assert not torch.allclose(found[:, :, 3], uniform_log_pattern(longer).exp()[:, :, 3], atol=0.02)
+    assert not torch.allclose(found[:, :, 3], uniform[:, :, 3], atol=0.02)
 
 
 def test_mean_pattern_does_not_depend_on_the_tokens() -> None:
     mean = MeanPattern(mean_sample())
-    one, other = some_inputs(81, length=5), some_inputs(82, length=5)
-    assert torch.equal(mean(one), mean(other)) and torch.equal(mean(one)[0], mean(one)[1])
+    one, other = (whole(mean(inputs), inputs) for inputs in (some_inputs(81, length=5), some_inputs(82, length=5)))
+    assert torch.equal(one, other) and torch.equal(one[0], one[1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import some_inputs, some_sides
+from layers import some_inputs, some_sides, whole
 
 from qkscope.config import RunConfig, TargetConfig
 from qkscope.kernels.row_kl import exp
@@ -42,14 +42,15 @@ def test_scaled_errors_lead_from_the_true_pattern_to_the_dictionaries(layer: dic
     inputs = some_inputs(**layer)
     query, key = some_sides(inputs)
     with torch.no_grad():
-        none, whole, half = (exp(scaled_errors(query, key, scale)(inputs)) for scale in (0.0, 1.0, 0.5))
+        patterns = (scaled_errors(query, key, scale)(inputs) for scale in (0.0, 1.0, 0.5))
+        none, full, half = (exp(whole(pattern, inputs)) for pattern in patterns)
         x = inputs.x_BTD.float()
         q, k = query(x).view(inputs.q_BTNH.shape), key(x).view(inputs.k_BTGH.shape)
         own = exp(inputs.rule.log_pattern(q, k))
     true = exp(inputs.log_pattern_BNQK)
     assert torch.allclose(none, true, atol=1e-5)
-    assert torch.allclose(whole, own, atol=1e-5)
-    assert float((half - true).abs().sum()) < float((whole - true).abs().sum())
+    assert torch.allclose(full, own, atol=1e-5)
+    assert float((half - true).abs().sum()) < float((full - true).abs().sum())
 
 
 def test_every_bound_holds() -> None:

@@ -27,7 +27,7 @@ from ..pairs.pair_map import rows, with_bias
 from ..pattern import AttentionInputs
 from ..training.stream import harvest_finite
 from .figures import Ratio
-from .patched import Predictions
+from .predictions import Predictions
 
 RATE = 0.1  # the first step of m; steps shrink linearly to nothing
 LARGEST = 1 << 28  # pairs beyond which there is no adversary: several dense tensors of them are needed

@@ -8,21 +8,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..attention import AttentionSite, PatternSource
+from ..attention import AttentionSite
 from ..data.sequences import Batch
 from ..decomposition import Decomposition
-from ..kernels.row_kl import exp
-from ..pattern import AttentionInputs
 from ..training.stream import harvest_finite
 from .adversary import adversary
-from .patched import PatchedScore
-from .patterns import KLScore
+from .patched import PatchedScore, as_source
+from .patterns import KLScore, add_kls
 
 CUTS = ("keep", "remove", "keep_random")
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)
@@ -62,7 +59,7 @@ def curve(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], see
     mixed = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).to(order.device)
     counts = list(dict.fromkeys(n for n in (round(share * len(order)) for share in SHARES) if n))
     variants = {
-        (n, name): index.sort().values
+        (n, name): (dec.pairs.take(index), dec.strength_P[index.sort().values])
         for n in counts
         for name, index in zip(CUTS, (order[:n], order[n:], mixed[:n]), strict=True)
     }
@@ -70,21 +67,11 @@ def curve(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], see
     patched = PatchedScore()
     for batch in batches:
         inputs = harvest_finite(site, batch)
-        logs = {name: _log_pattern(dec, index) for name, index in variants.items()}
-        for name, log_pattern in logs.items():
-            scores[name].add(inputs, log_pattern(inputs))
+        logs = {name: dec.kept_by_head(inputs, *pairs) for name, pairs in variants.items()}
+        add_kls(inputs, {scores[name]: log for name, log in logs.items()})
         if site.has_head:
-            patched.add(site, batch, {str(name): _pattern(log) for name, log in logs.items()})
+            patched.add(site, batch, {str(name): as_source(log) for name, log in logs.items()})
     return [{"pairs": n, **{name: _figures(scores[n, name], patched, str((n, name))) for name in CUTS}} for n in counts]
-
-
-def _log_pattern(dec: Decomposition, index: Tensor) -> Callable[[AttentionInputs], Tensor]:
-    pairs, strength = dec.pairs.take(index), dec.strength_P[index]
-    return lambda inputs: inputs.rule.masked(dec.scores(inputs, pairs, strength)).log_softmax(-1)
-
-
-def _pattern(log_pattern: Callable[[AttentionInputs], Tensor]) -> PatternSource:
-    return lambda inputs: exp(log_pattern(inputs))
 
 
 def _figures(score: KLScore, patched: PatchedScore, name: str) -> dict[str, Any]:

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionInputs, AttentionSite
+from ..attention import AttentionSite
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
-from ..pairs.pair_map import Pairs, pair_scores, rows, with_bias
+from ..pairs.active import Active
+from ..pairs.pair_map import Pairs, active_scores_by_head, rows, with_bias
+from ..pattern import AttentionInputs, HeadPatterns
 from ..tables.examples import Examples
 from ..training.stream import harvest_finite
 from .controls import explicit_scores, shuffled_pairs, untrained
 from .figures import Ratio, t_quantile
-from .patched import PatchedScore, ready, zero_pattern
-from .patterns import KLScore, MeanPattern, PatternScores, uniform_log_pattern, uniform_pattern
+from .patched import PatchedScore, as_source, zero_pattern
+from .patterns import KLScore, MeanPattern, PatternScores, add_kls, uniform_log_pattern, uniform_pattern
 
 DENSE = 0.1  # a feature that fires on more than this share of tokens is dense
 HISTOGRAM_EDGES = [-6 + 0.25 * i for i in range(25)]  # log10 of the share of tokens a feature fires on
@@ -113,7 +115,7 @@ class Sums:
 class Sources:
     """What is held against the true pattern."""
 
-    log_patterns: dict[str, Callable[[AttentionInputs], Tensor]]
+    log_patterns: dict[str, Callable[[AttentionInputs], HeadPatterns]]
     mean: MeanPattern
     curve: dict[float, tuple[Pairs, Tensor]]
     """The most important of the kept pairs, by share."""
@@ -133,18 +135,18 @@ class Sources:
         were tuned, where they were.
         """
         mean = MeanPattern(sample)
-        found: dict[str, Callable[[AttentionInputs], Tensor]] = {
-            "transcoders": dec.log_pattern_all,
-            "map_pruned": dec.log_pattern_kept,
+        found: dict[str, Callable[[AttentionInputs], HeadPatterns]] = {
+            "transcoders": dec.all_by_head,
+            "map_pruned": dec.kept_by_head,
             "uniform": uniform_log_pattern,
-            "mean": lambda inputs: mean(inputs).clamp(min=1e-12).log(),  # never seen is not impossible
+            "mean": mean.log,
         }
         if step1 is not None:
-            found["step1"] = step1.log_pattern_all
+            found["step1"] = step1.all_by_head
         if controls:
-            found |= {name: c.log_pattern_all for name, c in untrained(dec, sample, sample_l0(dec, sample)).items()}
+            found |= {name: c.all_by_head for name, c in untrained(dec, sample, sample_l0(dec, sample)).items()}
             pairs, strength = shuffled_pairs(dec)
-            found["shuffled"] = lambda inputs: _masked(inputs, dec.scores(inputs, pairs, strength))
+            found["shuffled"] = lambda inputs: dec.kept_by_head(inputs, pairs, strength)
         return cls(found, mean, {share: _strongest(dec, share) for share in CURVE if round(share * len(dec.pairs))})
 
 
@@ -162,24 +164,19 @@ def measure(
         patterns = {name: source(inputs) for name, source in sources.log_patterns.items()}
         patterns["map_all"] = _map_all(dec, inputs, acts)
         sums.scores.add(inputs, patterns)
-        for share, (pairs, strength) in sources.curve.items():
-            score = sums.curve.setdefault(share, KLScore())
-            score.add(inputs, _masked(inputs, dec.scores(inputs, pairs, strength)))
+        kept = {share: dec.kept_by_head(inputs, *pairs) for share, pairs in sources.curve.items()}
+        add_kls(inputs, {sums.curve.setdefault(share, KLScore()): hat for share, hat in kept.items()})
         _add_active(sums.active, dec, inputs, acts)
         if sums.check is None:
             sums.check = _check_map(dec, inputs)
         if site.has_head:
             again = [name for name in ("transcoders", "map_pruned", "step1") if name in patterns]
-            variants = {name: ready(patterns[name]) for name in again}
+            variants = {name: as_source(patterns[name]) for name in again}
             variants |= {"zero": zero_pattern, "uniform": uniform_pattern, "mean": sources.mean}
             sums.patched.add(site, batch, variants)
         sums.tokens += batch.n_tokens
         sums.sequences += len(batch.tokens_BT)
     return sums
-
-
-def _masked(inputs: AttentionInputs, scores: Tensor) -> Tensor:
-    return inputs.rule.masked(scores).log_softmax(-1)
 
 
 def sample_l0(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, float]:
@@ -199,11 +196,11 @@ def _strongest(dec: Decomposition, share: float) -> tuple[Pairs, Tensor]:
     return dec.pairs.take(index), dec.strength_P[index]
 
 
-def _map_all(dec: Decomposition, inputs: AttentionInputs, acts: dict[str, Tensor]) -> Tensor:
+def _map_all(dec: Decomposition, inputs: AttentionInputs, acts: dict[str, Tensor]) -> HeadPatterns:
     """The pattern with every pair kept, biases included as features: by the map's rows rather than by `decode`."""
     q = torch.einsum("btf,fnh->btnh", with_bias(acts["query"]), rows(dec.query, dec.shape.N))
     k = torch.einsum("btf,fgh->btgh", with_bias(acts["key"]), rows(dec.key, dec.shape.G))
-    return inputs.rule.log_pattern(q, k)
+    return inputs.rule.log_pattern_by_head(q, k)
 
 
 def _check_map(dec: Decomposition, inputs: AttentionInputs) -> float:
@@ -214,7 +211,7 @@ def _check_map(dec: Decomposition, inputs: AttentionInputs) -> float:
         inputs.residual,
     )  # fmt: skip
     heads = [short.rule.cap(explicit_scores(dec, short, head)) for head in range(dec.shape.N)]
-    one_by_one = _masked(short, torch.stack(heads, 1))
+    one_by_one = short.rule.masked(torch.stack(heads, 1)).log_softmax(-1)
     difference = (one_by_one - dec.log_pattern_all(short)).abs()
     return float(difference[torch.isfinite(difference)].max())
 
@@ -224,7 +221,10 @@ def _add_active(active: Ratio, dec: Decomposition, inputs: AttentionInputs, acts
     ones = torch.ones_like(dec.strength_P)
     none = torch.zeros(dec.query.width + 1, dec.shape.N, 1), torch.zeros(dec.key.width + 1, dec.shape.G, 1)
     counting = inputs.rule.plain()
-    counts = pair_scores(dec.pairs, ones, fires["query"], fires["key"], *none, counting)
+    both = Active.of(fires["query"]), Active.of(fires["key"])
+    counts = active_scores_by_head(dec.pairs, ones, *both, lambda: none, counting)
     seen = inputs.rule.visible_BQK & inputs.real_BT[..., None]
-    weights = seen.sum((1, 2)).float() * dec.shape.N
-    active.add((counts * seen[:, None]).sum((1, 2, 3)), weights)
+    counted_B = torch.zeros(len(seen), device=seen.device)
+    for heads in inputs.head_blocks():
+        counted_B += (counts(heads) * seen[:, None]).sum((1, 2, 3))
+    active.add(counted_B, seen.sum((1, 2)).float() * dec.shape.N)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention import AttentionSite, PatternSource
+from ..attention import AttentionSite
 from ..data.sequences import Batch
-from ..kernels.row_kl import exp
+from ..pattern import AttentionInputs, HeadPatterns, HeadSource, PatternSource, patterns_of
 from .figures import Ratio, ratio_figure
+from .predictions import Predictions
 
 ABLATIONS = ("zero", "uniform", "mean")
 
@@ -26,13 +26,13 @@ class PatchedScore:
     ce: dict[str, Ratio] = field(default_factory=dict)
     kl: dict[str, Ratio] = field(default_factory=dict)
 
-    def add(self, site: AttentionSite, batch: Batch, variants: dict[str, PatternSource]) -> None:
+    def add(self, site: AttentionSite, batch: Batch, variants: Mapping[str, PatternSource | HeadSource]) -> None:
         """Run the model plainly and once for each variant of one layer's pattern on one batch."""
         self.add_together([site], batch, {name: [source] for name, source in variants.items()})
 
     @torch.no_grad()
     def add_together(
-        self, sites: Sequence[AttentionSite], batch: Batch, variants: dict[str, Sequence[PatternSource]]
+        self, sites: Sequence[AttentionSite], batch: Batch, variants: Mapping[str, Sequence[PatternSource | HeadSource]]
     ) -> None:
         """The same for several layers of one model at once: a variant has a source for each of them."""
         with min(sites, key=lambda site: site.layer).lower_layers_once():
@@ -94,36 +94,12 @@ def _one_minus(figure: dict[str, Any]) -> dict[str, Any]:
     return {"mean": mean, "ci95": None if ci is None else [1 - ci[1], 1 - ci[0]]}
 
 
-class Predictions:
-    """The logits of one pass of the model as it now is, float32 [B, T, V], less each token's largest."""
-
-    def __init__(self, site: AttentionSite, batch: Batch) -> None:
-        self.batch = batch
-        logits: Tensor = site._forward(batch.tokens_BT, batch.real_BT).logits.float()
-        # GPT-2's are about -100, where float32 has no more than five decimals.
-        self.logits_BTV = logits - logits.detach().amax(-1, keepdim=True)
-        self.total_BT = self.logits_BTV.logsumexp(-1)
-
-    @cached_property
-    def probabilities_BTV(self) -> Tensor:
-        return self.logits_BTV.softmax(-1)
-
-    def next_token_loss(self) -> Tensor:
-        """Nats for each token after the first, [B, T - 1]."""
-        following = self.batch.tokens_BT[:, 1:, None]
-        return self.total_BT[:, :-1] - self.logits_BTV[:, :-1].gather(-1, following)[..., 0]
-
-    def kl(self, other: Predictions) -> Tensor:
-        """KL(these ‖ the other) of each token in nats, [B, T]."""
-        difference = self.logits_BTV - other.logits_BTV
-        return (self.probabilities_BTV * difference).sum(-1) + other.total_BT - self.total_BT
+def as_source(log_pattern: HeadPatterns) -> HeadSource:
+    """A log-pattern of what was seen, as a source. Only for one layer patched alone: it sees the model's own x."""
+    return lambda inputs: patterns_of(log_pattern)
 
 
-def ready(log_pattern: Tensor) -> PatternSource:
-    """A log-pattern that is there already, as a source. Only for one layer patched alone: it sees the model's own x."""
-    return lambda inputs: exp(log_pattern)
-
-
-def zero_pattern(inputs: Any) -> Tensor:
+def zero_pattern(inputs: AttentionInputs) -> HeadPatterns:
     """No attention at all."""
-    return torch.zeros_like(inputs.log_pattern_BNQK)
+    batch, length, *_ = inputs.q_BTNH.shape
+    return lambda heads: inputs.q_BTNH.new_zeros(batch, heads.stop - heads.start, length, inputs.k_BTGH.shape[1])

@@ -7,32 +7,41 @@ rests on the first token, and agreement there can hide disagreement everywhere e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.row_kl import LOG2_E, exp
-from ..pattern import AttentionInputs
+from ..pattern import AttentionInputs, HeadPatterns, patterns_of
 from .figures import Ratio
 
-HEADS_ELEMENTS = 1 << 19  # of patterns that are compared at once on a CPU: 2 MB, near the cache
 
-
-@dataclass
+@dataclass(eq=False)
 class KLScore:
     """The pattern KL of one variant, gathered over batches: where it is all that is asked for."""
 
     kl: Ratio = field(default_factory=Ratio)
 
-    def add(self, inputs: AttentionInputs, log_hat_BNQK: Tensor) -> None:
+    def add(self, inputs: AttentionInputs, log_hat: HeadPatterns) -> None:
         """Compare a log-pattern with the true one on one batch."""
-        log_true = inputs.log_pattern_BNQK
-        rows = inputs.real_BT[:, None].expand(log_true.shape[:3])
+        add_kls(inputs, {self: log_hat})
+
+
+def add_kls(inputs: AttentionInputs, log_hats: Mapping[KLScore, HeadPatterns]) -> None:
+    """Compare each score's log-pattern with the true one on one batch."""
+    found: dict[KLScore, list[Tensor]] = {score: [] for score in log_hats}
+    for heads in inputs.head_blocks():
+        log_true = inputs.log_pattern_by_head(heads)
         true = exp(log_true)
-        kl = (log_true - log_hat_BNQK).masked_fill_(true == 0, 0).mul_(true).sum(-1)
-        self.kl.add(kl.masked_fill(~rows, 0).sum(-1), rows.float().sum(-1))
+        for score, log_hat in log_hats.items():
+            kl = (log_true - log_hat(heads)).masked_fill_(true == 0, 0).mul_(true).sum(-1)
+            found[score].append(kl.masked_fill_(~inputs.real_BT[:, None], 0).sum(-1))
+    tokens_B = inputs.real_BT.sum(1).float()
+    for score, parts in found.items():
+        kl_BN = torch.cat(parts, 1)
+        score.kl.add(kl_BN, tokens_B[:, None].expand_as(kl_BN))
 
 
 @dataclass
@@ -73,18 +82,15 @@ class PatternScores:
             for metric, ratio in vars(score).items():
                 getattr(self[name], metric).merge(ratio)
 
-    def add(self, inputs: AttentionInputs, log_hats: Mapping[str, Tensor]) -> None:
-        """Compare log-patterns [B, N, Q, K] with the true one on one batch."""
-        size, n_heads = inputs.log_pattern_BNQK.numel(), inputs.log_pattern_BNQK.shape[1]
-        step = max(HEADS_ELEMENTS * n_heads // size, 1) if inputs.x_BTD.device.type == "cpu" else n_heads
+    def add(self, inputs: AttentionInputs, log_hats: Mapping[str, HeadPatterns]) -> None:
+        """Compare log-patterns with the true one on one batch."""
         found: dict[str, list[Tensor]] = {name: [] for name in log_hats}
         counted = []
-        for start in range(0, n_heads, step):
-            heads = slice(start, start + step)
-            true = _True(inputs, heads)
+        for heads in inputs.head_blocks():
+            true = _True(inputs.log_pattern_by_head(heads), inputs.real_BT)
             counted.append(torch.stack([true.rows_BnQ, true.later_BnQ]).sum(-1))
             for name, log_hat in log_hats.items():
-                found[name].append(true.compared(log_hat[:, heads]))
+                found[name].append(true.compared(log_hat(heads)))
         whole_BN, rest_BN = torch.cat(counted, -1)
         for name, parts in found.items():
             score = self[name]
@@ -100,8 +106,7 @@ class PatternScores:
 class _True:
     """The true pattern of some heads n, and what of it every comparison needs."""
 
-    def __init__(self, inputs: AttentionInputs, heads: slice) -> None:
-        log = inputs.log_pattern_BNQK[:, heads]
+    def __init__(self, log: Tensor, real_BT: Tensor) -> None:
         self.pattern, self.rest, first = exp(log), _Rest(log), log[..., 0]
         self.none = self.rest.pattern == 0  # a key that is masked, or as good as that
         self.none[..., 0] = self.pattern[..., 0] == 0
@@ -110,7 +115,7 @@ class _True:
         seen = log > -torch.inf
         self.visible_BnQ = seen.sum(-1).clamp(min=1)  # keys that are compared, and the sink
         self.visible_rest_BnQ = seen[..., 1:].sum(-1).clamp(min=1)
-        self.rows_BnQ = inputs.real_BT[:, None].expand(first.shape)
+        self.rows_BnQ = real_BT[:, None].expand(first.shape)
         self.later_BnQ = self.rows_BnQ & seen[..., 1:].any(-1)
         self.later_BnQ[:, :, 0] = False
 
@@ -148,18 +153,17 @@ class _Rest:
         return self.top.masked_fill(first >= self.most, 0)
 
 
-def uniform_log_pattern(inputs: AttentionInputs) -> Tensor:
-    """Log of the uniform pattern over the visible keys (and the sink), [B, N, Q, K]."""
-    shape = inputs.log_pattern_BNQK.shape
-    zeros = torch.zeros(*shape[:3], inputs.x_BTD.shape[1], device=inputs.x_BTD.device)
-    scores = zeros.masked_fill(~inputs.rule.visible_BQK[:, None], -torch.inf)
-    if shape[-1] > scores.shape[-1]:
-        scores = torch.cat([scores, zeros[..., :1]], -1)
-    return scores.log_softmax(-1)
+def uniform_log_pattern(inputs: AttentionInputs) -> HeadPatterns:
+    """Log of the uniform pattern over the visible keys (and the sink)."""
+    zeros_BQK = torch.zeros(len(inputs.q_BTNH), *inputs.rule.visible_BQK.shape[1:], device=inputs.q_BTNH.device)
+    sink = inputs.rule.sink_N
+    rule = inputs.rule if sink is None else replace(inputs.rule, sink_N=torch.zeros_like(sink[:1]))
+    log_B1QK = rule.masked(zeros_BQK[:, None]).log_softmax(-1)
+    return lambda heads: log_B1QK.expand(-1, heads.stop - heads.start, -1, -1)
 
 
-def uniform_pattern(inputs: AttentionInputs) -> Tensor:
-    return exp(uniform_log_pattern(inputs))
+def uniform_pattern(inputs: AttentionInputs) -> HeadPatterns:
+    return patterns_of(uniform_log_pattern(inputs))
 
 
 class MeanPattern:
@@ -174,22 +178,31 @@ class MeanPattern:
         count = torch.zeros(length, device=device)
         for inputs in sample:
             t = inputs.x_BTD.shape[1]
-            pattern = exp(inputs.rule.log_pattern(inputs.q_BTNH, inputs.k_BTGH)) * inputs.real_BT[:, None, :, None]
-            total[:, :t, :t] += pattern[..., :t].sum(0)
-            if self.sink:
-                total[:, :t, -1] += pattern[..., -1].sum(0)
             count[:t] += inputs.real_BT.sum(0)
-        self.mean_NQK = total / count.clamp(min=1)[:, None]
+            for heads in inputs.head_blocks():
+                pattern = exp(inputs.log_pattern_by_head(heads)).mul_(inputs.real_BT[:, None, :, None])
+                total[heads, :t, :t] += pattern[..., :t].sum(0)
+                if self.sink:
+                    total[heads, :t, -1] += pattern[..., -1].sum(0)
+        self.mean_NQK = total.div_(count.clamp(min=1)[:, None])
         self.known = count > 0
 
-    def __call__(self, inputs: AttentionInputs) -> Tensor:
-        """The mean pattern for this batch, [B, N, Q, K]; uniform at positions that the sample never reached."""
-        t = inputs.x_BTD.shape[1]
-        out = uniform_pattern(inputs)
-        reach = min(t, len(self.known))
-        known = self.known[:reach]
-        mean = self.mean_NQK[:, :reach, :reach]
-        if self.sink:
-            out[:, :, :reach, -1] = torch.where(known, self.mean_NQK[:, :reach, -1], out[:, :, :reach, -1])
-        out[:, :, :reach, :reach] = torch.where(known[:, None], mean, out[:, :, :reach, :reach])
-        return out
+    def __call__(self, inputs: AttentionInputs) -> HeadPatterns:
+        """The mean pattern for this batch; uniform at positions that the sample never reached."""
+        reach = min(inputs.x_BTD.shape[1], len(self.known))
+        known_Q1 = self.known[:reach, None]
+        uniform = uniform_pattern(inputs)
+
+        def pattern(heads: slice) -> Tensor:
+            out, mean_nQK = uniform(heads), self.mean_NQK[heads, :reach]
+            out[:, :, :reach, :reach] = torch.where(known_Q1, mean_nQK[..., :reach], out[:, :, :reach, :reach])
+            if self.sink:
+                out[:, :, :reach, -1:] = torch.where(known_Q1, mean_nQK[..., -1:], out[:, :, :reach, -1:])
+            return out
+
+        return pattern
+
+    def log(self, inputs: AttentionInputs) -> HeadPatterns:
+        """The log of this pattern, in which what was never seen is not impossible."""
+        pattern = self(inputs)
+        return lambda heads: pattern(heads).clamp_(min=1e-12).log_()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..attention import AttentionSite, PatternSource
+from ..attention import AttentionSite
 from ..decomposition import Decomposition
 from ..files import write_json
+from ..pattern import HeadSource
 from ..run_folder import layer_folder
 from .patched import PatchedScore, zero_pattern
 from .patterns import uniform_pattern
@@ -32,9 +33,9 @@ class Together:
     def find(self, piece: Piece) -> Found:
         """Scores on one share of the held-out text, and its tokens."""
         began = time.monotonic()
-        variants: dict[str, Sequence[PatternSource]] = {
-            "transcoders": [dec.pattern_source("all") for dec in self.decs],
-            "map_pruned": [dec.pattern_source("kept") for dec in self.decs],
+        variants: dict[str, Sequence[HeadSource]] = {
+            "transcoders": [dec.head_source("all") for dec in self.decs],
+            "map_pruned": [dec.head_source("kept") for dec in self.decs],
             "zero": [zero_pattern] * len(self.sites),
             "uniform": [uniform_pattern] * len(self.sites),
         }

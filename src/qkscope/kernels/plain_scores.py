@@ -14,6 +14,7 @@ active key features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,14 @@ class _Batch:
     batch: int
     length: int
 
+    @classmethod
+    def of(cls, queries: Events, keys: Events, layout: PlainLayout, batch: int, length: int) -> tuple[_Batch, Tensor]:
+        """And which of the active query features have a pair."""
+        row_L = layout.row_F[queries.feature_L]
+        paired = (row_L >= 0).nonzero()[:, 0]
+        order = keys.feature_L.argsort(stable=True)
+        return cls(layout, row_L[paired], queries.token_L[paired], keys, order, batch, length), paired
+
     def table(self, a_L: Tensor) -> Tensor:
         """Activations of the query features that have a pair, [U, n]."""
         table_Un = a_L.new_zeros(self.layout.n_rows, self.batch * self.length)
@@ -92,6 +101,13 @@ class _Batch:
             again, starts_of(row_M[used], len(head.key_C) * self.batch),
         )  # fmt: skip
 
+    def scores(self, head: HeadLayout, table_Un: Tensor, a_k_M: Tensor, s_P: Tensor) -> Tensor:
+        """One head's, [B, Q, K]."""
+        used, row, start, *_ = self.meetings(head)
+        y = _y(table_Un, s_P, head).unflatten(1, (self.batch, self.length)).flatten(0, 1)
+        found = row_sums(row, y, start, a_k_M[used])  # [key token, query position]
+        return found.view(self.batch, self.length, self.length).transpose(1, 2)
+
 
 class _PlainScores(torch.autograd.Function):
     @staticmethod
@@ -102,10 +118,7 @@ class _PlainScores(torch.autograd.Function):
         scores = s_P.new_empty(seen.batch, len(heads), seen.length, seen.length)
         table_Un = seen.table(a_q_L)
         for n, head in enumerate(heads):
-            used, row, start, *_ = seen.meetings(head)
-            y = _y(table_Un, s_P, head).unflatten(1, (seen.batch, seen.length)).flatten(0, 1)
-            found = row_sums(row, y, start, a_k_M[used])  # [key token, query position]
-            scores[:, n] = found.view(seen.batch, seen.length, seen.length).transpose(1, 2)
+            scores[:, n] = seen.scores(head, table_Un, a_k_M, s_P)
         return scores
 
     @staticmethod
@@ -157,8 +170,21 @@ def plain_scores(
         a_q_L, a_k_M: activations.
         s_P: values of S, in the layout's order.
     """
-    row_L = layout.row_F[queries.feature_L]
-    paired = (row_L >= 0).nonzero()[:, 0]
-    order = keys.feature_L.argsort(stable=True)
-    seen = _Batch(layout, row_L[paired], queries.token_L[paired], keys, order, batch, length)
+    seen, paired = _Batch.of(queries, keys, layout, batch, length)
     return _PlainScores.apply(a_q_L.index_select(0, paired), a_k_M, s_P, seen)  # type: ignore[return-value]
+
+
+def plain_scores_by_head(
+    queries: Events,
+    a_q_L: Tensor,
+    keys: Events,
+    a_k_M: Tensor,
+    s_P: Tensor,
+    layout: PlainLayout,
+    batch: int,
+    length: int,
+) -> Callable[[int], Tensor]:
+    """The same one head at a time, [B, Q, K], without gradients."""
+    seen, paired = _Batch.of(queries, keys, layout, batch, length)
+    table_Un = seen.table(a_q_L.index_select(0, paired))
+    return lambda head: seen.scores(layout.heads[head], table_Un, a_k_M, s_P)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..dictionary import SparseTranscoder
-from ..kernels.plain_scores import HeadLayout, PlainLayout, plain_scores
+from ..kernels.plain_scores import HeadLayout, PlainLayout, plain_scores, plain_scores_by_head
 from ..kernels.sparse_scores import Cells, sparse_scores
 from ..pattern import PatternRule
 from ..rotary import Rotary
@@ -152,18 +152,34 @@ def active_scores(
     Differentiable in the strengths, the activations and, with a rotary embedding, the decoder rows of both sides
     (`rows`), which are not asked for without one.
     """
-    strength_P = strength_P * rule.scaling
-    if rule.rotary is None:
-        both = queries.events, queries.act_L, keys.events, keys.act_L
-        scores = plain_scores(*both, strength_P, pairs.plain_layout, keys.batch, keys.length)
-    else:
-        scores = _rotary_scores(pairs, strength_P, queries, keys, *both_rows(), rule.rotary)
+    if rule.rotary is not None:
+        return active_scores_by_head(pairs, strength_P, queries, keys, both_rows, rule)(slice(0, pairs.n_heads))
+    both = queries.events, queries.act_L, keys.events, keys.act_L
+    scores = plain_scores(*both, strength_P * rule.scaling, pairs.plain_layout, keys.batch, keys.length)
     return rule.cap(scores)
 
 
-def _rotary_scores(
+def active_scores_by_head(
+    pairs: Pairs,
+    strength_P: Tensor,
+    queries: Active,
+    keys: Active,
+    both_rows: Callable[[], tuple[Tensor, Tensor]],
+    rule: PatternRule,
+) -> Callable[[slice], Tensor]:
+    """The same some heads at a time, [B, n, Q, K]; differentiable only with a rotary embedding."""
+    strength_P = strength_P * rule.scaling
+    if rule.rotary is None:
+        both = queries.events, queries.act_L, keys.events, keys.act_L
+        one = plain_scores_by_head(*both, strength_P, pairs.plain_layout, keys.batch, keys.length)
+    else:
+        one = _rotary_scores_by_head(pairs, strength_P, queries, keys, *both_rows(), rule.rotary)
+    return lambda heads: rule.cap(torch.stack([one(head) for head in range(heads.start, heads.stop)], 1))
+
+
+def _rotary_scores_by_head(
     pairs: Pairs, strength_P: Tensor, queries: Active, keys: Active, rows_q: Tensor, rows_k: Tensor, rotary: Rotary
-) -> Tensor:
+) -> Callable[[int], Tensor]:
     batch, length = keys.batch, keys.length
     order, phase = rotary.phases()
     phase_nh = phase.expand(batch, -1, -1).flatten(0, 1)
@@ -176,8 +192,8 @@ def _rotary_scores(
     at_q, at_k = queries.events, keys.events
     cells = Cells.of(at_k, pairs.n_key + 1, batch, length)
     phase_Lh, phase_Mh = phase_nh[at_q.token_L], phase_nh[at_k.token_L]
-    scores = []
-    for head in range(pairs.n_heads):
+
+    def one(head: int) -> Tensor:
         here = pairs.of_head(head)
         end = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # the bias's pairs are the head's last
         u_LH = turned_rows(heads_q[head], at_q.feature_L, queries.act_L, phase_Lh)
@@ -193,5 +209,6 @@ def _rotary_scores(
             query_BTH = turn(heads_q[head][-1].expand(len(phase), length, 1, -1), phase)[:, :, 0]
             query_BTH = query_BTH * bias_n.view(batch, length, 1)
             found = found + query_BTH @ sums_nH.view(batch, length, -1).transpose(1, 2)
-        scores.append(found)
-    return torch.stack(scores, 1)
+        return found
+
+    return one

@@ -36,7 +36,8 @@ from torch import Tensor
 from ..data.sequences import Batch
 from ..decomposition import SIDES, Decomposition
 from ..kernels.row_kl import exp
-from ..pairs.pair_map import pair_scores, rows, with_bias
+from ..pairs.active import Active
+from ..pairs.pair_map import active_scores_by_head, rows, with_bias
 from ..pattern import AttentionInputs, PatternRule
 from ..rotary import Rotary
 from .best import Best
@@ -213,22 +214,29 @@ class Rows:
 
 
 class Terms:
-    """The terms of all pairs on one batch, block by block."""
+    """The terms of all pairs on one batch, head by head and block by block."""
 
     def __init__(
         self, dec: Decomposition, rule: PatternRule, acts_q_BTF: Tensor, acts_k_BTF: Tensor, query: Places, key: Places
     ) -> None:
         self.dec, self.rule, self.query, self.key = dec, rule, query, key
         self.rows_q, self.rows_k = rows(dec.query, dec.shape.N), rows(dec.key, dec.shape.G)
-        scores = pair_scores(dec.pairs, dec.strength_P, acts_q_BTF, acts_k_BTF, self.rows_q, self.rows_k, rule)
-        self.length = scores.shape[-1]
+        both, both_rows = (Active.of(acts_q_BTF), Active.of(acts_k_BTF)), (self.rows_q, self.rows_k)
+        self.scores_by_head = active_scores_by_head(dec.pairs, dec.strength_P, *both, lambda: both_rows, rule)
         self.acts_k_BTF = acts_k_BTF
-        self.pattern_BNQK = exp(rule.masked(scores).log_softmax(-1))[..., : self.length].contiguous()
-        self.pattern = self.pattern_BNQK.flatten()
-        visible_BQK = rule.visible_BQK.expand(len(scores), -1, -1)
+        self.length = acts_k_BTF.shape[1]
+        visible_BQK = rule.visible_BQK.expand(len(acts_k_BTF), -1, -1)
         self.first_seen_n = visible_BQK.byte().argmax(-1).flatten()  # the first and the last key that a query sees
         self.last_seen_n = self.length - 1 - visible_BQK.flip(-1).byte().argmax(-1).flatten()
-        self.slope = None if rule.softcap is None else (1 - (scores / rule.softcap).square()).flatten()
+
+    def _enter(self, head: int) -> None:
+        """What follows is of this head's pairs: one pattern at a time is held."""
+        heads = slice(head, head + 1)
+        scores = self.scores_by_head(heads)
+        pattern = exp(self.rule.of_heads(heads).masked(scores).log_softmax(-1))
+        self.pattern_BQK = pattern[:, 0, :, : self.length].contiguous()
+        softcap = self.rule.softcap
+        self.slope = None if softcap is None else (1 - (scores / softcap).square()).flatten()
 
     def blocks(self, least_P: Tensor) -> Iterator[Rows]:
         """The rows that may hold an effect of a pair's `least` or more, in blocks of about `BLOCK_ROWS` of one head."""
@@ -245,13 +253,14 @@ class Terms:
         itself = n // 8 + (0 if self.rule.rotary is None else 2 * self.length)
         for head in range(self.dec.shape.N):
             here = pairs.of_head(head)
+            self._enter(head)
             index = rows_P[here].nonzero()[:, 0] + here.start
             size = rows_P[index].clamp(min=itself)
             blocks = (size.cumsum(0) // BLOCK_ROWS).unique_consecutive(return_counts=True)[1]
             for pair_p in index.split(blocks.tolist()):
-                yield self._rows(head, pair_p, int(terms_P[pair_p].sum()), least_P[pair_p])
+                yield self._rows(pair_p, int(terms_P[pair_p].sum()), least_P[pair_p])
 
-    def _rows(self, head: int, pair_p: Tensor, terms: int, least_p: Tensor) -> Rows:
+    def _rows(self, pair_p: Tensor, terms: int, least_p: Tensor) -> Rows:
         """The rows of some pairs of one head that have so many terms, as far as they may reach `least`."""
         pairs = self.dec.pairs
         query_p, key_p = pairs.query_P[pair_p], pairs.key_P[pair_p]
@@ -267,7 +276,7 @@ class Terms:
         if terms * WORTH > len(self.first_seen_n) * self.length * len(key_f):
             most_p = strength_p.abs() if distance_pD is None else strength_p.abs() * distance_pD.abs().amax(1)
             place_R = cell_R // sequences
-            bound_R = self._bounds(head, key_f)[self.query.token_E[entry_R], column_p[place_R]]
+            bound_R = self._bounds(key_f)[self.query.token_E[entry_R], column_p[place_R]]
             bound_R = bound_R * self.query.value_E[entry_R] * most_p[place_R]
             may = (bound_R >= least_p[place_R]).nonzero()[:, 0]
             cell_R, entry_R, bound_R = cell_R[may], entry_R[may], bound_R[may]
@@ -288,14 +297,14 @@ class Terms:
         )
         return found.take(count_R.nonzero()[:, 0])
 
-    def _bounds(self, head: int, key_f: Tensor) -> Tensor:
+    def _bounds(self, key_f: Tensor) -> Tensor:
         """What no e = P_ij |x_j - m|, m = Σ_j P_ij x_j, exceeds, where |x_j| is at most a_k[j,b], for these b, [n, f].
 
         Such an e is at most Σ_j P_ij |x_j|. And with V the variance of x (0 at a sink), e² ≤ V · P_ij (1 - P_ij): as
         Σ_{j' ≠ j} P_ij' (x_j' - m) = -P_ij (x_j - m), the other keys add at least e² / (1 - P_ij) to V, and j adds
         e² / P_ij. Only where x is a_k itself is V known; else the mean square, which it cannot exceed, stands for it.
         """
-        pattern_BQK, acts_BTf = self.pattern_BNQK[:, head], self.acts_k_BTF[..., key_f]
+        pattern_BQK, acts_BTf = self.pattern_BQK, self.acts_k_BTF[..., key_f]
         mean_BQf = pattern_BQK @ acts_BTf
         square_BQf = pattern_BQK @ acts_BTf.square()
         variance_BQf = square_BQf * (1 + ROUNDING)
@@ -329,16 +338,14 @@ class Terms:
     def of(self, chosen: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The terms of some rows: the change of the pattern for a query's weight of 1, key token and pattern [E] each,
         and how many terms each row has."""
-        sequence = chosen.token_R // self.length
-        head_R = self.dec.pairs.head_P[chosen.pair_p][chosen.place_R]
-        line_R = (sequence * self.dec.shape.N + head_R) * self.length + chosen.token_R % self.length
-        start_R = line_R * self.length - sequence * self.length  # of a query's line in the pattern, less its tokens'
+        # Where a query's line of the pattern starts, less what its sequence's key tokens are counted from.
+        start_R = (chosen.token_R - chosen.token_R // self.length) * self.length
         row_E = torch.arange(len(start_R), device=start_R.device).repeat_interleave(chosen.count_R)
         skipped_R = chosen.first_R - (chosen.count_R.cumsum(0) - chosen.count_R)
         entry_E = torch.arange(len(row_E), device=row_E.device) + skipped_R.index_select(0, row_E)
         token_E = self.key.token_E.index_select(0, entry_E)
         at_E = start_R.index_select(0, row_E) + token_E
-        pattern_E = self.pattern.index_select(0, at_E)
+        pattern_E = self.pattern_BQK.flatten().index_select(0, at_E)
         value_E = self.key.value_E.index_select(0, entry_E)
         if chosen.distance_pD is not None:
             far = chosen.distance_pD.shape[1]

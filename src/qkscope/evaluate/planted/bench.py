@@ -20,7 +20,7 @@ from ...decomposition import Decomposition, SiteShape
 from ...dictionary import SparseTranscoder
 from ...pairs.pair_map import with_bias
 from ...pairs.tune import MapJob
-from ...pattern import AttentionInputs
+from ...pattern import AttentionInputs, HeadPatterns
 from ...training.job import Job
 from ...training.recipes import resolved
 from ...training.step1 import Step1Job
@@ -69,7 +69,7 @@ class PlantedBench(Workbench):
                 learned = side.encode(inputs.x_BTD).flatten(0, 1)
                 overlaps[name].add(true, learned)
                 active[name] += float((learned > 0).sum())
-        out: dict[str, Any] = {"kl": self.kl(dec.log_pattern_all if worth_P is None else dec.log_pattern_kept)}
+        out: dict[str, Any] = {"kl": self.kl(dec.all_by_head if worth_P is None else dec.kept_by_head)}
         for name, side in sides.items():
             live = overlaps[name].other > 0
             out[f"l0_{name}"] = active[name] / tokens
@@ -88,7 +88,7 @@ class PlantedBench(Workbench):
         """Strengths whose sign is that of the scores' (with a rotary embedding a strength is a factor)."""
         return dec.strength_P * dec.weight_strength_P if self.shape.rotary else dec.strength_P
 
-    def kl(self, log_pattern: Callable[[AttentionInputs], Tensor]) -> float:
+    def kl(self, log_pattern: Callable[[AttentionInputs], HeadPatterns]) -> float:
         """Mean pattern KL on held-out tokens, nats."""
         score = KLScore()
         for _, inputs in self.heldout:
@@ -101,7 +101,7 @@ class PlantedBench(Workbench):
 
     def kl_map(self, job: MapJob) -> dict[str, Any]:
         """The pattern KL of a map alone: importance, with a rotary embedding, takes longer than all else."""
-        return {"kl": self.kl(self.decomposition(job).log_pattern_kept), "pairs": len(job.pairs)}
+        return {"kl": self.kl(self.decomposition(job).kept_by_head), "pairs": len(job.pairs)}
 
     @torch.no_grad()
     def ceiling(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _pruned(
             dec = bench.decomposition(made)
             pairs, strength = shuffled_pairs(dec)
             dec = replace(dec, pairs=pairs, strength_P=strength)
-            yield {**row, "method": "shuffled", "kl": bench.kl(dec.log_pattern_kept), "pairs": len(pairs)}
+            yield {**row, "method": "shuffled", "kl": bench.kl(dec.kept_by_head), "pairs": len(pairs)}
 
 
 def control_jobs(bench: PlantedBench, l0: dict[str, float]) -> dict[str, Job]:

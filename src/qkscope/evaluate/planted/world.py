@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ...pairs.pair_map import Pairs, with_bias
-from ...pattern import AttentionInputs, PatternRule
+from ...pattern import AttentionInputs, HeadPatterns, PatternRule
 from ...rotary import Rotary
 from ...training.start import label_seed
 from ...training.stream import Harvest
@@ -269,11 +269,11 @@ class Planted:
         acts = self.coefficients(max(tokens // self.config.context, 1), generator)
         return acts, self.inputs(acts, generator)
 
-    def log_pattern_true(self, acts_BTF: Tensor, inputs: AttentionInputs) -> Tensor:
+    def log_pattern_true(self, acts_BTF: Tensor, inputs: AttentionInputs) -> HeadPatterns:
         """Log-pattern of the true pairs alone, on the true coefficients: the layer without interference."""
         acts = with_bias(acts_BTF)
         q, k = (torch.einsum("btf,fnh->btnh", acts, rows) for rows in (self.rows_q, self.rows_k))
-        return inputs.rule.log_pattern(q, k)
+        return inputs.rule.log_pattern_by_head(q, k)
 
 
 class PlantedStream:

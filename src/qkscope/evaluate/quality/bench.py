@@ -34,7 +34,7 @@ from ...training.stream import ModelStream
 from ..adversary import adversary
 from ..controls import untrained
 from ..measure import Activity
-from ..patched import PatchedScore, ready, zero_pattern
+from ..patched import PatchedScore, as_source, zero_pattern
 from ..patterns import KLScore, PatternScores, uniform_log_pattern
 from ..workbench import MASK, Workbench
 
@@ -108,7 +108,7 @@ class LayerBench(Workbench):
 
     @torch.no_grad()
     def judge_decomposition(self, dec: Decomposition, pairs: str) -> dict[str, Any]:
-        source = dec.log_pattern_kept if pairs == "kept" else dec.log_pattern_all
+        source = dec.kept_by_head if pairs == "kept" else dec.all_by_head
         scores, whole, patched = PatternScores(), KLScore(), PatchedScore()
         activity = {side: Activity() for side in SIDES}
         for batch in self.heldout:
@@ -116,8 +116,8 @@ class LayerBench(Workbench):
             log_pattern = source(inputs)
             scores.add(inputs, {"patched": log_pattern})
             if pairs == "kept":
-                whole.add(inputs, dec.log_pattern_all(inputs))
-            patched.add(self.site, batch, {"patched": ready(log_pattern)})
+                whole.add(inputs, dec.all_by_head(inputs))
+            patched.add(self.site, batch, {"patched": as_source(log_pattern)})
             for side, t in zip(SIDES, (dec.query, dec.key), strict=True):
                 activity[side].add(t.encode(inputs.x_BTD.float()), batch.real_BT)
         found = {side: a.report() for side, a in activity.items()}
