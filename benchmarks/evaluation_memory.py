@@ -5,7 +5,7 @@
 On a model of GPT-2 small's attention shape with random weights, two layers of it, and its last layer's dictionaries and
 ranked pairs. For each context, in a process of its own: the most memory beyond what was held before (the model, the
 dictionaries, the sample) and seconds, of one batch of held-out text (2,048 tokens, one sequence at least) with all
-controls, of the curves of fewer pairs on it, and of two steps of the adversary.
+controls, of the curves of fewer pairs on it, and of two steps of the adversary. Above them: what a run counts for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import time
 
 import torch
 
+from qkscope.config import RunConfig
 from qkscope.evaluate.faithful import against_adversary, curve
+from qkscope.evaluate.layer import SAMPLE_TOKENS, memory_of
 from qkscope.evaluate.measure import Sources, measure
 from qkscope.evaluate.speed.measure import most_held
 from qkscope.evaluate.speed.world import Size, World, job_of
@@ -66,6 +68,10 @@ def one(context: int, n_pairs: int, *, rotary: bool) -> None:
     }
     pattern = 4 * size.heads * batch.n_tokens * context / 1e6
     print(f"context {context}, {batch.n_tokens} tokens; one pattern of all heads: {pattern:,.0f} MB", flush=True)
+    config = RunConfig.model_validate({"data": {"context": context}, "dictionary": {"width": size.width}})
+    first = bench.sample[0]
+    sample = 4 * SAMPLE_TOKENS * sum(y[0, 0].numel() for y in (first.x_BTD, first.q_BTNH, first.k_BTGH))
+    print(f"  {'counted':<14} {(memory_of(world.site, config) - sample) / 1e6:>8,.0f} MB", flush=True)
     for name, part in parts.items():
         began = time.monotonic()
         peak = most_held(part, device)

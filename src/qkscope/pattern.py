@@ -21,8 +21,8 @@ HeadPatterns = Callable[[slice], Tensor]
 """A pattern or its log, some heads (of `head_blocks`) at a time, [B, n, Q, K]: whole, it may be too large to hold."""
 
 
-BLOCK = 1 << 25  # entries of patterns at once: 128 MB; ...
-BLOCK_CPU = 1 << 19  # ... on a CPU 2 MB, near the cache, or one head's
+BLOCK = 1 << 25  # 128 MB; ...
+BLOCK_CPU = 1 << 19  # ... 2 MB, near the cache
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,16 @@ class AttentionInputs:
         return replace(self, x_BTD=self.x_BTD.detach(), q_BTNH=self.q_BTNH.detach(), k_BTGH=self.k_BTGH.detach())
 
 
+def block_of(device: torch.device) -> int:
+    """Entries of patterns that are held at once, where one head's are not more."""
+    return BLOCK_CPU if device.type == "cpu" else BLOCK
+
+
 def head_blocks(q_BTNH: Tensor, k_BTGH: Tensor) -> Iterator[slice]:
     """Query heads, as many at a time as `BLOCK` allows: whole groups of them that share a key head, or equal parts of
     one."""
     batch, length, n_query, _ = q_BTNH.shape
-    most = max((BLOCK_CPU if q_BTNH.device.type == "cpu" else BLOCK) // (batch * length * k_BTGH.shape[1]), 1)
+    most = max(block_of(q_BTNH.device) // (batch * length * k_BTGH.shape[1]), 1)
     group = n_query // k_BTGH.shape[2]
     step = most // group * group or max(n for n in range(1, min(most, group) + 1) if group % n == 0)
     return (slice(start, min(start + step, n_query)) for start in range(0, n_query, step))

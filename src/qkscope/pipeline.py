@@ -93,7 +93,7 @@ def evaluate(folder: Path, *, device: str = "cpu", quiet: bool = False) -> None:
             _call(config, here, folder, trained=True, option="--device")
             model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(here))
             sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
-            _leave_unless_fit(*_seen(folder, here), sites, folder, reporter)
+            _leave_unless_fit(*_seen(folder, here), sites, config, folder, reporter)
             evaluate_run(Run(folder, config).folders, sites, reporter, again=True)
 
 
@@ -146,10 +146,11 @@ def _seen(out: Path, device: torch.device) -> tuple[bool, int]:
 
 
 def _leave_unless_fit(
-    seen_by_all: bool, free: int, sites: Sequence[AttentionSite], out: Path, reporter: Reporter
+    seen_by_all: bool, free: int, sites: Sequence[AttentionSite], config: RunConfig, out: Path, reporter: Reporter
 ) -> None:
     """Go on alone where not all processes can measure layers."""
-    if parallel.size() > 1 and not (seen_by_all and max(map(memory_of, sites)) <= USED * free):
+    need = max(memory_of(site, one) for site in sites for one in (config, *variants(config).values()))
+    if parallel.size() > 1 and not (seen_by_all and need <= USED * free):
         why = "have the memory for it" if seen_by_all else f"see {out} and can write there"
         reporter.message(f"not all processes {why}: the first one measures alone")
         parallel.leave()
@@ -201,7 +202,7 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
                 write_config(out / name, single, shapes, str(device))
         if not trained:
             runner.train(plan, apart=apart)
-        _leave_unless_fit(seen_by_all, free, sites, out, reporter)
+        _leave_unless_fit(seen_by_all, free, sites, config, out, reporter)
         evaluate_run(finished.folders, sites, reporter, seconds=plan.seconds)
         for path in unfinished(out):  # the plan last: with what is noted beside it, it says that all passes are done
             path.unlink()

@@ -13,6 +13,7 @@ from qkscope.attention import AttentionSite, harvest
 from qkscope.data.sequences import Batch
 from qkscope.decomposition import Decomposition
 from qkscope.evaluate import faithful
+from qkscope.evaluate.adversary import adversary
 from qkscope.evaluate.faithful import CUTS, against_adversary, curve, first_of
 from qkscope.evaluate.patterns import KLScore
 
@@ -56,6 +57,16 @@ def test_the_adversary_says_how_long_and_on_how_much() -> None:
     found = against_adversary(dec, site, batches, steps=4, seed=0)
     assert found["adversary"]["steps"] == 4
     assert found["adversary_tokens"] == sum(batch.n_tokens for batch in batches)
+
+
+def test_of_a_long_sequence_the_adversary_gets_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, batches, dec = a_layer()
+    monkeypatch.setattr(faithful, "ADVERSARY_TOKENS", 7)
+    found = against_adversary(dec, site, batches, steps=4, seed=0)
+    one = batches[0]
+    batch = Batch(one.tokens_BT[:1, :7], one.real_BT[:1, :7], one.document_B[:1], one.offset_B[:1])
+    assert found["adversary_tokens"] == 7
+    assert found["adversary"] == adversary(dec, site, [batch], steps=4, seed=0)
 
 
 def test_a_budget_of_tokens_is_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:

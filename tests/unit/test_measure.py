@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ import torch
 from layers import by_head
 from test_examples import Letters
 from test_faithful import a_layer
+from texts import BOS, documents_of, write
 
 from qkscope.attention import harvest
+from qkscope.config import RunConfig
 from qkscope.evaluate.controls import shuffled_pairs, untrained
+from qkscope.evaluate.layer import memory_of
 from qkscope.evaluate.measure import CONTROLS, Sources, Sums, measure, sample_l0
 from qkscope.evaluate.patterns import KLScore
 from qkscope.evaluate.pieces import HELDOUT, Found, packed, unpacked
 from qkscope.evaluate.report import figures
+from qkscope.evaluate.text import text_of
 from qkscope.tables.examples import Examples
 
 
@@ -78,3 +83,31 @@ def test_parts_that_are_handed_over_merge_to_the_whole(cuts: tuple[int, int], tm
 def test_nothing_else_is_unpacked() -> None:
     with pytest.raises(UnpicklingError, match="Weights only load failed"):
         unpacked(packed([Path("elsewhere")]))  # type: ignore[list-item]
+
+
+def test_memory_is_counted_with_the_context_the_vocabulary_and_the_adversary() -> None:
+    site: Any = a_layer()[0]
+    heads, vocabulary = site.shape["N"], site.model.config.vocab_size
+
+    def counted(**values: Any) -> int:
+        return memory_of(site, RunConfig.model_validate(values))
+
+    quiet = {"evaluation": {"adversary_steps": 0}}
+    short, long = (counted(data={"context": context}, **quiet) for context in (256, 4096))
+    mean = 4 * heads * (4096**2 - 256**2)
+    logits = 2 * 4 * vocabulary * (4096 - 2048)
+    assert mean + logits < long - short < mean + logits + 4 * 16 * 4096**2  # and patterns of one head
+    assert counted(training={"batch_tokens": 1 << 20}, **quiet) == counted(training={"batch_tokens": 4096}, **quiet)
+    gates = 4 * heads * 2401**2
+    assert 5 * gates < counted() - counted(**quiet) < 8 * gates
+    assert counted(dictionary={"width": 1 << 16}) == counted(**quiet)  # too large for an adversary
+
+
+def test_batches_of_what_is_measured_are_no_larger_for_larger_steps(tmp_path: Path) -> None:
+    texts = documents_of([200] * 400)
+    config = RunConfig.model_validate({"training": {"batch_tokens": 1 << 16}})
+    config = config.model_copy(update={"data": write(tmp_path / "text.jsonl", texts)})
+    site: Any = SimpleNamespace(tokenizer=BOS)
+    batches = list(text_of(site, config, "train", 30_000))
+    assert max(batch.n_tokens for batch in batches) <= 4096 + config.data.context  # up to the end of a sequence
+    assert sum(batch.n_tokens for batch in batches) >= 30_000

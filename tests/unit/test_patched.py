@@ -11,6 +11,7 @@ from tiny import VOCABULARY, tiny_model
 
 from qkscope.attention import AttentionSite
 from qkscope.data.sequences import Batch
+from qkscope.evaluate import predictions
 from qkscope.evaluate.patched import PatchedScore, zero_pattern
 from qkscope.evaluate.patterns import uniform_pattern
 from qkscope.evaluate.predictions import Predictions
@@ -83,3 +84,30 @@ def test_divergence_is_exact_however_far_the_logits_are_from_zero() -> None:
     torch.testing.assert_close(own.kl(other).double(), kl, rtol=0, atol=2e-6)
     nats = -q[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
     torch.testing.assert_close(other.next_token_loss().double(), nats, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_divergence_has_the_gradient_of_its_formula(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "CHUNK_CPU", chunk)
+    g = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(3, 12, 40, generator=g) - 100 for _ in range(2))
+    weights = torch.randn(3, 12, generator=g)
+    batch = some_batch()
+    exact = second.double().requires_grad_()
+    p, q = first.double().log_softmax(-1), exact.log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum(-1)
+    leaf = second.clone().requires_grad_()
+    found = Predictions(Logits(first), batch).kl(Predictions(Logits(leaf), batch))  # type: ignore[arg-type]
+    close(found.detach().double(), wanted.detach(), 1e-5)
+    (to_exact,) = torch.autograd.grad((wanted * weights).sum(), exact)
+    (to_leaf,) = torch.autograd.grad((found * weights).sum(), leaf)
+    close(to_leaf.double(), to_exact, 1e-4)
+
+
+def test_logits_in_bfloat16_are_compared_in_float32() -> None:
+    g = torch.Generator().manual_seed(2)
+    first, second = ((3 * torch.randn(3, 12, 40, generator=g)).bfloat16() for _ in range(2))
+    batch = some_batch()
+    own, other = (Predictions(Logits(logits), batch) for logits in (first, second))  # type: ignore[arg-type]
+    p, q = (logits.double().log_softmax(-1) for logits in (first, second))
+    close(own.kl(other).double(), (p.exp() * (p - q)).sum(-1), 1e-5)

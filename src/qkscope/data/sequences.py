@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,10 @@ class Batch:
     def first(self, count: int) -> Batch:
         """The first `count` sequences."""
         return self.rows(slice(count))
+
+    def until(self, length: int) -> Batch:
+        """The first `length` tokens of each sequence."""
+        return replace(self, tokens_BT=self.tokens_BT[:, :length], real_BT=self.real_BT[:, :length])
 
     def to(self, device: torch.device | str) -> Batch:
         moved = (t.to(device) for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))

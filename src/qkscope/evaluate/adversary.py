@@ -22,7 +22,7 @@ from ..attention import AttentionSite
 from ..data.sequences import Batch
 from ..decomposition import Decomposition
 from ..kernels.row_kl import exp
-from ..pairs.mask import masked_scores
+from ..pairs.gated import GatedScores
 from ..pairs.pair_map import rows, with_bias
 from ..pattern import AttentionInputs
 from ..training.stream import harvest_finite
@@ -71,17 +71,18 @@ class Dropped:
             acts = [with_bias(side.encode(x)) * inputs.real_BT[..., None] for side in (dec.query, dec.key)]
             # All kept pairs, before the cap: what is added goes under the same cap.
             self.kept_BNQK = dec.scores(replace(inputs, rule=replace(inputs.rule, softcap=None)))
-        queries, keys = (on.flatten(0, 1).any(0).nonzero()[:, 0] for on in (acts[0] > 0, acts[1] > 0))
-        self.acts_q_BTF, self.acts_k_BTF = acts[0][..., queries], acts[1][..., keys]
-        self.rows_q, self.rows_k = rows(dec.query, shape.N)[queries], rows(dec.key, shape.G)[keys]
-        dropped = torch.ones(shape.N, dec.query.width + 1, dec.key.width + 1, device=x.device)
-        dropped[dec.pairs.head_P, dec.pairs.query_P, dec.pairs.key_P] = 0
-        self.dropped_NQK = dropped[:, queries][:, :, keys]
+            queries, keys = (on.flatten(0, 1).any(0).nonzero()[:, 0] for on in (acts[0] > 0, acts[1] > 0))
+            both_rows = rows(dec.query, shape.N)[queries], rows(dec.key, shape.G)[keys]
+        self.scores = GatedScores(acts[0][..., queries], acts[1][..., keys], *both_rows, inputs.rule)
+        query_P, key_P = dec.pairs.query_P, dec.pairs.key_P
+        here_P = torch.isin(query_P, queries) & torch.isin(key_P, keys)
+        at = torch.searchsorted(queries, query_P[here_P]), torch.searchsorted(keys, key_P[here_P])
+        self.dropped_NQK = x.new_ones(shape.N, len(queries), len(keys))
+        self.dropped_NQK[dec.pairs.head_P[here_P], *at] = 0
 
     def pattern(self, m_NQK: Tensor) -> Tensor:
         """The pattern of the kept pairs and as much of the dropped ones as m says (0 where kept), [B, N, Q, K]."""
-        more = masked_scores(m_NQK, self.acts_q_BTF, self.acts_k_BTF, self.rows_q, self.rows_k, self.rule)
-        return exp(self.rule.masked(self.rule.cap(self.kept_BNQK + more)).log_softmax(-1))
+        return exp(self.rule.masked(self.rule.cap(self.kept_BNQK + self.scores(m_NQK))).log_softmax(-1))
 
 
 def _climb(site: AttentionSite, dropped: Dropped, own: Predictions, steps: int) -> Tensor:
@@ -90,8 +91,8 @@ def _climb(site: AttentionSite, dropped: Dropped, own: Predictions, steps: int) 
         m_NQK.requires_grad_(True)
         kl = _logit_kl(site, dropped, m_NQK, own)[own.batch.real_BT].mean()
         (gradient,) = torch.autograd.grad(kl, m_NQK)
-        m_NQK = m_NQK.detach() + RATE * (1 - step / steps) * gradient.sign()
-        m_NQK = m_NQK.clamp(0, 1) * dropped.dropped_NQK
+        m_NQK = m_NQK.detach().add_(gradient.sign_(), alpha=RATE * (1 - step / steps))
+        m_NQK.clamp_(0, 1).mul_(dropped.dropped_NQK)
     return m_NQK
 
 

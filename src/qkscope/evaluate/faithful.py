@@ -44,7 +44,7 @@ def against_adversary(
     dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], *, steps: int, seed: int
 ) -> dict[str, Any]:
     """The adversary's figures on the first of these batches."""
-    few = first_of(batches, ADVERSARY_TOKENS)
+    few = [batch.until(ADVERSARY_TOKENS) for batch in first_of(batches, ADVERSARY_TOKENS)]
     found = adversary(dec, site, few, steps=steps, seed=seed)
     return {"adversary": found, "adversary_tokens": sum(batch.n_tokens for batch in few)}
 

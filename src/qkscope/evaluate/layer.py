@@ -25,22 +25,24 @@ from ..decomposition import Decomposition, load_transcoders
 from ..errors import UserError
 from ..files import write_json
 from ..kernels.row_kl import exp
+from ..pattern import block_of
 from ..tables.distance_table import write_distances
 from ..tables.examples import Examples, token_texts
 from ..target import outcome
 from ..training.stream import harvest_finite
+from .adversary import LARGEST
 from .dense import dense_features
-from .faithful import CURVE_TOKENS, against_adversary, curve, first_of
+from .faithful import ADVERSARY_TOKENS, CURVE_TOKENS, against_adversary, curve, first_of
 from .heads import head_roles
 from .labels import StoryLabels
 from .measure import Sources, Sums, measure, sample_l0
 from .pieces import HELDOUT, Found, Piece, shares_of_text
 from .report import figures, in_brief
-from .text import heldout_share, text_of
+from .text import BATCH_TOKENS, heldout_share, text_of
 from .truth import truth_scores
 
 SAMPLE_TOKENS = 65_536  # training tokens behind the mean pattern and the controls' starts
-BESIDE = 1 << 30  # bytes that measuring a layer takes beside what it saw of them
+BESIDE = 1 << 29  # bytes that measuring a layer takes beside what `memory_of` counts
 TRUTH_TOKENS = 32_768  # held-out tokens on which features are compared with known roles ...
 HEAD_BATCHES = 2  # ... and batches of it for the heads: one to choose what is tried, the rest to measure it
 SHOWN_TOKENS = 40  # of the held-out text whose patterns the page shows
@@ -55,10 +57,18 @@ def pieces_of(config: RunConfig, shares: int, *, has_head: bool) -> list[Piece]:
     return [*adversary, *truth, *shares_of_text(shares), FEWER]
 
 
-def memory_of(site: AttentionSite) -> int:
-    """Bytes that measuring one layer takes beside the model."""
+def memory_of(site: AttentionSite, config: RunConfig) -> int:
+    """Bytes that measuring one layer takes beside the model (`benchmarks/evaluation_memory.py` holds it to that)."""
     d, n, g, h = (site.shape[name] for name in "DNGH")
-    return 4 * SAMPLE_TOKENS * (d + (n + 2 * g) * h) + BESIDE
+    dictionary, context = config.dictionary, config.data.context
+    tokens = max(min(config.training.batch_tokens, BATCH_TOKENS), context)
+    vocabulary = site.model.get_output_embeddings().weight.shape[0] if site.has_head else 0  # type: ignore[operator]
+    sample, mean = SAMPLE_TOKENS * (d + (n + g) * h), n * context**2
+    # The model's logits and a variant's; of some heads at a time the true pattern and a variant's, a few times each.
+    heldout = 2 * tokens * vocabulary + 12 * max(tokens * context, block_of(next(site.model.parameters()).device))
+    gates = n * (dictionary.width + 1) * (dictionary.key_width + 1)
+    adversary = 7 * gates * (gates <= LARGEST) + 3 * ADVERSARY_TOKENS * vocabulary
+    return 4 * (sample + mean + max(heldout, adversary * bool(config.evaluation.adversary_steps))) + BESIDE
 
 
 class LayerEvaluation:

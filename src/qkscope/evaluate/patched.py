@@ -45,6 +45,7 @@ class PatchedScore:
                     patched = Predictions(sites[0], batch)
                 self._note(self.ce, name, patched.next_token_loss(), batch.real_BT[:, 1:])
                 self._note(self.kl, name, own.kl(patched), batch.real_BT)
+                del patched  # before the next one's logits are made
 
     def merge(self, other: PatchedScore) -> None:
         """Take in what follows in the text."""

@@ -19,8 +19,8 @@ from ..attention import AttentionSite
 from ..data.sequences import Batch
 from ..kernels.row_kl import exp
 
-CHUNK = {"cpu": 1 << 18}  # logits at once: 1 MB, near the cache; on other devices ...
-LARGE = 1 << 26
+CHUNK = 1 << 26  # logits at once; ...
+CHUNK_CPU = 1 << 19  # ... on a CPU 2 MB, near the cache
 
 
 class Predictions:
@@ -43,7 +43,8 @@ class Predictions:
     def chunks(self) -> Iterator[slice]:
         """Some tokens at a time."""
         n, vocabulary = self.logits_nV.shape
-        step = max(CHUNK.get(self.logits_nV.device.type, LARGE) // vocabulary, 1)
+        chunk = CHUNK_CPU if self.logits_nV.device.type == "cpu" else CHUNK
+        step = max(chunk // vocabulary, 1)
         return (slice(start, start + step) for start in range(0, n, step))
 
     def shifted(self, here: slice) -> Tensor:

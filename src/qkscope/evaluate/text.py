@@ -10,12 +10,14 @@ from ..config import RunConfig
 from ..data import Batch, Sequences
 from ..data.documents import Split
 
+BATCH_TOKENS = 4096  # at the most, whatever a step of training has: logits of a batch are held
+
 
 def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
-    """The beginning of one split."""
+    """The beginning of one split, in batches of at most `BATCH_TOKENS` or one sequence."""
     return Sequences(
-        config.data, site.tokenizer, split,
-        batch_tokens=config.training.batch_tokens, seed=config.training.seed, repeat=False, max_tokens=tokens,
+        config.data, site.tokenizer, split, batch_tokens=min(config.training.batch_tokens, BATCH_TOKENS),
+        seed=config.training.seed, repeat=False, max_tokens=tokens,
     )  # fmt: skip
 
 

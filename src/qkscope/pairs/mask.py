@@ -17,9 +17,9 @@ from .. import parallel
 from ..dictionary import SparseTranscoder
 from ..errors import UserError
 from ..memory import COPIES, free_memory
-from ..pattern import PatternRule
 from ..training.job import Job
 from ..training.objective import PatternTarget
+from .gated import GatedScores
 from .pair_map import Pairs, rows, with_bias
 
 EPSILON = 1e-6
@@ -44,29 +44,6 @@ def require_memory(shapes: Sequence[tuple[int, int, int]], device: torch.device,
     if said := shortfall(shapes, device):
         how = "with another --out" if others_done else "(step 1 is kept: the same --out goes on from there)"
         raise UserError(f"--pairs.method mask: {said}; use --pairs.method tune, which needs no dense tensor {how}")
-
-
-def masked_scores(
-    mask_NQK: Tensor, acts_q_BTF: Tensor, acts_k_BTF: Tensor, rows_q: Tensor, rows_k: Tensor, rule: PatternRule
-) -> Tensor:
-    """Scores before cap and mask, [B, N, Q, K], where each pair counts as much as the mask [N, Fq, Fk] says.
-
-    Activations carry the bias feature, rows are by head: [Fq, N, H] and [Fk, G, H].
-    """
-    n_heads, n_groups = rows_q.shape[1], rows_k.shape[1]
-    scores = []
-    for head in range(n_heads):
-        left, right = rows_q[:, head], rows_k[:, head * n_groups // n_heads]
-        if rule.rotary is None:
-            y, keys = acts_q_BTF @ (mask_NQK[head] * (left @ right.T)), acts_k_BTF
-        else:
-            width = left.shape[1]
-            y = acts_q_BTF @ (mask_NQK[head][:, :, None] * left[:, None]).flatten(1)
-            y = rule.rotary.rotate(y.unflatten(2, (-1, width))).flatten(2)
-            turned = rule.rotary.rotate(right.expand(1, acts_k_BTF.shape[1], -1, -1))
-            keys = (acts_k_BTF[..., None] * turned).flatten(2)
-        scores.append((y * rule.scaling) @ keys.transpose(1, 2))
-    return torch.stack(scores, 1)
 
 
 class MaskJob(Job):
@@ -121,15 +98,14 @@ class MaskJob(Job):
             for side, live in ((self.query, self.live_q), (self.key, self.live_k))
         )
         q, k = ((acts > 0).any(0).nonzero()[:, 0] for acts in (acts_q, acts_k))  # the others add zeros to every score
-        scores = masked_scores(
-            self.mask[:, q][:, :, k],
+        scores = GatedScores(
             target.unpack(acts_q[:, q]),
             target.unpack(acts_k[:, k]),
             rows(self.query, self.n_heads)[self.live_q[q]],
             rows(self.key, n_groups)[self.live_k[k]],
             target.rule,
         )
-        return target.kl_rows(target.rule.cap(scores))
+        return target.kl_rows(target.rule.cap(scores(self.mask[:, q][:, :, k])))
 
     @torch.no_grad()
     def kept(self) -> tuple[Pairs, Tensor]:
