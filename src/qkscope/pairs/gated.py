@@ -17,6 +17,7 @@ features, E of a token, n keys of a feature (filled up with zeros).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ from ..kernels.row_sums import row_sums, starts_of
 from ..kernels.sparse_scores import Cells, Events
 from ..pattern import PatternRule
 from .pair_map import turned_rows
+
+BLOCK = 1 << 26  # numbers of y at once; ...
+BLOCK_CPU = 1 << 22  # ... on a CPU 16 MB
 
 
 class GatedScores:
@@ -121,6 +125,15 @@ class _Sequence:
         """The active key features, in the order of theirs."""
         return self.by_feature.place_FB[:, 0].argsort()[: self.by_feature.ends[-1]]
 
+    def token_blocks(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """`_groups` of tokens in blocks of about `BLOCK` numbers, each token having so many."""
+        block = BLOCK_CPU if self.act_L.device.type == "cpu" else BLOCK
+        for here, events, features in _groups(self.by_token):
+            at = here.start
+            for some in zip(*(y.split(max(block // max(size, 1), 1)) for y in (events, features)), strict=True):
+                yield slice(at, at + len(some[0])), *some
+                at += len(some[0])
+
     def vectors(self, left_FH: Tensor, right_JH: Tensor) -> tuple[Tensor, Tensor]:
         """u [L + 1, H] and v [M + 1, H]: a zero stands in where a cell has fewer."""
         found = []
@@ -133,14 +146,13 @@ class _Sequence:
         """One head's, [Q, K]."""
         u, v = self.vectors(left_FH, right_JH)
         gates_Fc = gates_FJ.index_select(1, self.feature_c)
-        y_tcH = u.new_empty(self.by_token.ends[-1], gates_Fc.shape[1], u.shape[1])
-        for here, event_tE, feature_tE in _groups(self.by_token):
+        found_Mt = u.new_zeros(len(v), self.by_token.ends[-1])
+        for here, event_tE, feature_tE in self.token_blocks(gates_Fc.shape[1] * u.shape[1]):
             gate_tEc = gates_Fc.index_select(0, feature_tE.flatten()).view(*feature_tE.shape, -1)
-            torch.bmm(gate_tEc.transpose(1, 2), u[event_tE], out=y_tcH[here])
-        found_Mt = u.new_zeros(len(v), len(y_tcH))
-        for here, event_cn, _ in _groups(self.by_feature):
-            found = v[event_cn] @ y_tcH[:, here].permute(1, 2, 0)
-            found_Mt[event_cn.flatten()] = found.flatten(0, 1)
+            y_tcH = gate_tEc.transpose(1, 2) @ u[event_tE]
+            for there, event_cn, _ in _groups(self.by_feature):
+                found = v[event_cn] @ y_tcH[:, there].permute(1, 2, 0)
+                found_Mt[event_cn.flatten(), here] = found.flatten(0, 1)
         order = self.keys.token_L.argsort(stable=True)
         length = len(self.phase_Th)
         ones = found_Mt.new_ones(len(order))
@@ -152,13 +164,14 @@ class _Sequence:
         u, v = self.vectors(left_FH, right_JH)
         grad_Kt = grad_QK.index_select(0, self.token_t).T.contiguous()
         feature_c = self.feature_c
-        to_y_tcH = u.new_empty(grad_Kt.shape[1], len(feature_c), u.shape[1])
-        for here, event_cn, token_cn in _groups(self.by_feature):
-            grad_cnt = grad_Kt.index_select(0, token_cn.flatten()).view(*token_cn.shape, -1)
-            to_y_tcH[:, here] = (grad_cnt.transpose(1, 2) @ v[event_cn]).transpose(0, 1)
         to_gate_Lc = u.new_zeros(len(u), len(feature_c))
-        for here, event_tE, _ in _groups(self.by_token):
-            found = u[event_tE] @ to_y_tcH[here].transpose(1, 2)
+        for here, event_tE, _ in self.token_blocks(len(feature_c) * u.shape[1]):
+            to_y_ctH = u.new_empty(len(feature_c), len(event_tE), u.shape[1])
+            grad_Kh = grad_Kt[:, here]
+            for there, event_cn, token_cn in _groups(self.by_feature):
+                grad_cnh = grad_Kh.index_select(0, token_cn.flatten()).view(*token_cn.shape, -1)
+                torch.bmm(grad_cnh.transpose(1, 2), v[event_cn], out=to_y_ctH[there])
+            found = u[event_tE] @ to_y_ctH.permute(1, 2, 0)
             to_gate_Lc[event_tE.flatten()] = found.flatten(0, 1)
         at = self.queries.feature_L
         ones = to_gate_Lc.new_ones(len(at))
