@@ -27,6 +27,7 @@ from qkscope.pairs.importance import rank_pairs
 from qkscope.tables.examples import Examples
 
 ADVERSARY_STEPS = 2
+RANKED_TOKENS = 1024
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def one(context: int, n_pairs: int, *, rotary: bool) -> None:
     job = job_of(1, statistics, "default", (size.width, size.width), size.k).eval()
     for side in (job.query, job.key):
         side.calibrate(statistics["query"].x_nD)
-    pairs, worth = rank_pairs(bench.sample, job.query, job.key, n_pairs)
+    pairs, worth = rank_pairs([bench.sample[0].crop(RANKED_TOKENS)], job.query, job.key, n_pairs)
     dec = bench.decomposition(bench.map_job("map", job, pairs))
     dec.importance_P = worth
     batch = world.text(size.batch_tokens)

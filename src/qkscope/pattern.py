@@ -122,6 +122,11 @@ class AttentionInputs:
         q, k = qk_of_heads(heads, self.q_BTNH, self.k_BTGH)
         return replace(self, q_BTNH=q, k_BTGH=k, rule=self.rule.of_heads(heads))
 
+    def crop(self, length: int, b: int = 0) -> AttentionInputs:
+        """The first `length` positions of one sequence."""
+        x, q, k, real = (y[b : b + 1, :length] for y in (self.x_BTD, self.q_BTNH, self.k_BTGH, self.real_BT))
+        return AttentionInputs(x, q, k, self.rule.crop(length, b), real, self.residual)
+
     def detached(self) -> AttentionInputs:
         return replace(self, x_BTD=self.x_BTD.detach(), q_BTNH=self.q_BTNH.detach(), k_BTGH=self.k_BTGH.detach())
 

@@ -128,7 +128,9 @@ def test_statistics_are_means_over_batches() -> None:
     batches = [some_inputs(seed) for seed in (1, 2, 3)]
     found = side_statistics(batches)
     wanted = torch.stack([score_metrics(b)[1] for b in batches]).mean(0)
-    close(found["key"].metric_NHH, wanted, 1e-6)
+    metric = found["key"].metric_NHH
+    assert metric is not None
+    close(metric, wanted, 1e-6)
     assert len(found["query"].x_nD) == 3 * 14
 
 

@@ -117,10 +117,10 @@ def _set_threshold(transcoder: SparseTranscoder, x_nD: Tensor) -> None:
 
 def _statistics(dec: Decomposition, sample: list[AttentionInputs]) -> dict[str, SideStatistics]:
     """Of the attention's input, which is what the controls are made for."""
-    norm = dec.query.input_norm
-    if norm is None:
-        return side_statistics(sample[:16])
-    return side_statistics([replace(i, x_BTD=norm(i.x_BTD.float()), residual=False) for i in sample[:16]])
+    few, norm = sample[:16], dec.query.input_norm
+    if norm is not None:
+        few = [replace(i, x_BTD=norm(i.x_BTD.float()), residual=False) for i in few]
+    return side_statistics(few, metrics=False)
 
 
 def _without_pairs(dec: Decomposition, query: SparseTranscoder, key: SparseTranscoder) -> Decomposition:

@@ -205,11 +205,7 @@ def _map_all(dec: Decomposition, inputs: AttentionInputs, acts: dict[str, Tensor
 
 def _check_map(dec: Decomposition, inputs: AttentionInputs) -> float:
     """Largest difference of log-patterns between q̂k̂ and the sum over every pair of active features, one by one."""
-    t = min(CHECK_TOKENS, inputs.x_BTD.shape[1])
-    short = AttentionInputs(
-        inputs.x_BTD[:1, :t], inputs.q_BTNH[:1, :t], inputs.k_BTGH[:1, :t], inputs.rule.crop(t), inputs.real_BT[:1, :t],
-        inputs.residual,
-    )  # fmt: skip
+    short = inputs.crop(min(CHECK_TOKENS, inputs.x_BTD.shape[1]))
     heads = [short.rule.cap(explicit_scores(dec, short, head)) for head in range(dec.shape.N)]
     one_by_one = short.rule.masked(torch.stack(heads, 1)).log_softmax(-1)
     difference = (one_by_one - dec.log_pattern_all(short)).abs()

@@ -172,7 +172,7 @@ class Workbench:
                 yield f"{MASK}{sparsity:g} + refit", count, made[count], spent
 
 
-def copy_of(transcoder: SparseTranscoder, metric_NHH: Tensor) -> SparseTranscoder:
+def copy_of(transcoder: SparseTranscoder, metric_NHH: Tensor | None) -> SparseTranscoder:
     """An independent copy of a dictionary, its metric included."""
     d_in, width = transcoder.W_enc.shape
     other = SparseTranscoder(d_in, width, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)

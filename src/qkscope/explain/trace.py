@@ -66,9 +66,7 @@ class Trace:
     @classmethod
     def of_batch(cls, dec: Decomposition, inputs: AttentionInputs, b: int, length: int, head: int = 0) -> Trace:
         """The first `length` positions of one sequence of a batch, whose tokens' texts nobody needs."""
-        x, q, k = (t[b : b + 1, :length] for t in (inputs.x_BTD, inputs.q_BTNH, inputs.k_BTGH))
-        one = AttentionInputs(x, q, k, inputs.rule.crop(length, b), inputs.real_BT[b : b + 1, :length], inputs.residual)
-        return cls(dec, one, [""] * length, head)
+        return cls(dec, inputs.crop(length, b), [""] * length, head)
 
     def of_head(self, head: int) -> Trace:
         """The same prompt in another head; nothing is computed again."""

@@ -102,11 +102,11 @@ class _Batch:
         )  # fmt: skip
 
     def scores(self, head: HeadLayout, table_Un: Tensor, a_k_M: Tensor, s_P: Tensor) -> Tensor:
-        """One head's, [B, Q, K]."""
+        """One head's, [B, K, Q]."""
         used, row, start, *_ = self.meetings(head)
         y = _y(table_Un, s_P, head).unflatten(1, (self.batch, self.length)).flatten(0, 1)
         found = row_sums(row, y, start, a_k_M[used])  # [key token, query position]
-        return found.view(self.batch, self.length, self.length).transpose(1, 2)
+        return found.view(self.batch, self.length, self.length)
 
 
 class _PlainScores(torch.autograd.Function):
@@ -118,7 +118,7 @@ class _PlainScores(torch.autograd.Function):
         scores = s_P.new_empty(seen.batch, len(heads), seen.length, seen.length)
         table_Un = seen.table(a_q_L)
         for n, head in enumerate(heads):
-            scores[:, n] = seen.scores(head, table_Un, a_k_M, s_P)
+            scores[:, n] = seen.scores(head, table_Un, a_k_M, s_P).transpose(1, 2)
         return scores
 
     @staticmethod
@@ -184,7 +184,7 @@ def plain_scores_by_head(
     batch: int,
     length: int,
 ) -> Callable[[int], Tensor]:
-    """The same one head at a time, [B, Q, K], without gradients."""
+    """The same one head at a time and turned round, [B, K, Q], without gradients."""
     seen, paired = _Batch.of(queries, keys, layout, batch, length)
     table_Un = seen.table(a_q_L.index_select(0, paired))
     return lambda head: seen.scores(layout.heads[head], table_Un, a_k_M, s_P)

@@ -82,6 +82,12 @@ class Pairs:
         return used[used < self.n_key]
 
     @cached_property
+    def turned(self) -> tuple[Tensor, Pairs]:
+        """The pairs with queries and keys in each other's place, and the order of these that sorts them so."""
+        pairs, order = Pairs.sorted(self.key_P, self.query_P, self.head_P, self.n_key, self.n_query, self.n_heads)
+        return order, pairs
+
+    @cached_property
     def plain_layout(self) -> PlainLayout:
         """How the pairs are summed up without a rotary embedding; made once."""
         used, row_P = self.query_P.unique(return_inverse=True)
@@ -170,11 +176,18 @@ def active_scores_by_head(
     """The same some heads at a time, [B, n, Q, K]; differentiable only with a rotary embedding."""
     strength_P = strength_P * rule.scaling
     if rule.rotary is None:
-        both = queries.events, queries.act_L, keys.events, keys.act_L
-        one = plain_scores_by_head(*both, strength_P, pairs.plain_layout, keys.batch, keys.length)
+        # Keys in the queries' place: what is found is then as it is wanted, and large patterns need not be turned.
+        order, turned = pairs.turned
+        both = keys.events, keys.act_L, queries.events, queries.act_L
+        one = plain_scores_by_head(*both, strength_P[order], turned.plain_layout, keys.batch, keys.length)
     else:
         one = _rotary_scores_by_head(pairs, strength_P, queries, keys, *both_rows(), rule.rotary)
-    return lambda heads: rule.cap(torch.stack([one(head) for head in range(heads.start, heads.stop)], 1))
+
+    def some(heads: slice) -> Tensor:
+        found = [one(head)[:, None] for head in range(heads.start, heads.stop)]
+        return rule.cap(torch.cat(found, 1) if len(found) > 1 else found[0])
+
+    return some
 
 
 def _rotary_scores_by_head(

@@ -235,6 +235,7 @@ class Terms:
         scores = self.scores_by_head(heads)
         pattern = exp(self.rule.of_heads(heads).masked(scores).log_softmax(-1))
         self.pattern_BQK = pattern[:, 0, :, : self.length].contiguous()
+        self.largest_BQ = (self.pattern_BQK * (1 - self.pattern_BQK)).amax(-1)
         softcap = self.rule.softcap
         self.slope = None if softcap is None else (1 - (scores / softcap).square()).flatten()
 
@@ -310,8 +311,7 @@ class Terms:
         variance_BQf = square_BQf * (1 + ROUNDING)
         if self.rule.rotary is None and self.slope is None:
             variance_BQf = variance_BQf - mean_BQf.square()
-        largest_BQ = (pattern_BQK * (1 - pattern_BQK)).amax(-1)
-        spread_BQf = (variance_BQf.clamp(min=0) * largest_BQ[..., None]).sqrt()
+        spread_BQf = (variance_BQf.clamp(min=0) * self.largest_BQ[..., None]).sqrt()
         return torch.minimum(mean_BQf, spread_BQf).flatten(0, 1) * (1 + SLACK)
 
     def _distances(self, rotary: Rotary, pair_p: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class SideStatistics:
     """Inputs."""
     out_nM: Tensor
     """True queries or keys, before the rotary embedding."""
-    metric_NHH: Tensor
-    """KL per token of a small error e in head h: ½ eᵀ C_h e (nats)."""
+    metric_NHH: Tensor | None
+    """KL per token of a small error e in head h: ½ eᵀ C_h e (nats); None where it was not asked for."""
 
     @property
     def projection_DM(self) -> Tensor:
@@ -47,14 +47,17 @@ class SideStatistics:
         return torch.linalg.solve(gram + ridge, x.T @ y).float()
 
 
-def side_statistics(batches: Sequence[AttentionInputs]) -> dict[str, SideStatistics]:
-    """Statistics of the query and key side of one layer."""
+def side_statistics(batches: Sequence[AttentionInputs], *, metrics: bool = True) -> dict[str, SideStatistics]:
+    """Statistics of the query and key side of one layer; `metrics`: those that need patterns too."""
     targets = [PatternTarget(inputs) for inputs in batches]
     x = torch.cat([t.x_nD for t in targets])
-    query, key = zip(*(score_metrics(inputs) for inputs in batches[:4]), strict=True)
+    query = key = None
+    if metrics:
+        found = zip(*(score_metrics(inputs) for inputs in batches[:4]), strict=True)
+        query, key = (torch.stack(side).mean(0) for side in found)
     return {
-        "query": SideStatistics(x, torch.cat([t.q_nM for t in targets]), torch.stack(query).mean(0)),
-        "key": SideStatistics(x, torch.cat([t.k_nM for t in targets]), torch.stack(key).mean(0)),
+        "query": SideStatistics(x, torch.cat([t.q_nM for t in targets]), query),
+        "key": SideStatistics(x, torch.cat([t.k_nM for t in targets]), key),
     }
 
 
@@ -131,6 +134,7 @@ def start(config: DictionaryConfig, side: str, statistics: SideStatistics, label
             transcoder.b_out.copy_(out.mean(0))
             transcoder.W_dec.copy_(transcoder.W_enc.T @ statistics.projection_DM)
         if config.norm == "score":
+            assert statistics.metric_NHH is not None
             transcoder.set_metric(statistics.metric_NHH)
         transcoder.train()
         few = max(min(FIT_TOKENS, FIT_ELEMENTS // width), 1)  # a wide dictionary's activations of all would be GBs
