@@ -32,6 +32,9 @@ gpu: $(STAMP)
 	mkdir -p build/gpu
 	$(BIN)/pytest tests/unit/test_pattern_kl_triton.py
 	$(BIN)/python benchmarks/pattern_kl.py --contexts 256 1024 4096 | tee build/gpu/pattern_kl.txt
+	for layers in "" --rotary; do \
+	  $(BIN)/python benchmarks/evaluation_memory.py --contexts 256 1024 4096 $$layers; done \
+	  | tee build/gpu/evaluation_memory.txt
 	for dtype in float32 bfloat16; do for size in small medium wide; do \
 	  $(BIN)/qkscope bench speed --size $$size --dtype $$dtype --json build/gpu/speed_$${size}_$$dtype.json \
 	    | tee build/gpu/speed_$${size}_$$dtype.txt; done; done

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from qkscope.attention import AttentionSite
 from qkscope.config import DictionaryConfig
@@ -87,7 +88,9 @@ class Rows(OfLoss):
         pattern = exp(target.inputs.log_pattern_BNQK).requires_grad_(True)
         batch = self.batches[id(target.inputs)]
         with torch.enable_grad(), self.site.replace_pattern(lambda inputs: pattern):
-            ce = Predictions(self.site, batch).next_token_loss().masked_fill(~batch.real_BT[:, 1:], 0).sum()
+            logits_BTV = Predictions(self.site, batch).logits_nV.view(*batch.tokens_BT.shape, -1)
+            real = batch.real_BT[:, 1:]
+            ce = cross_entropy(logits_BTV[:, :-1][real].float(), batch.tokens_BT[:, 1:][real], reduction="sum")
         (slope,) = torch.autograd.grad(ce, pattern)
         mean = (pattern * slope).sum(-1, keepdim=True)
         effect_BQ = (pattern * (slope - mean).square()).sum(-1).mean(1).sqrt().detach() * target.real_BT

@@ -121,14 +121,14 @@ class Decomposition:
         """`log_pattern_all` some heads at a time."""
         x = self.x_of(inputs)
         q, k = self.query(x).view(inputs.q_BTNH.shape), self.key(x).view(inputs.k_BTGH.shape)
-        return inputs.rule.log_pattern_by_head(q, k)
+        return torch.no_grad()(inputs.rule.log_pattern_by_head(q, k))
 
     def kept_by_head(
         self, inputs: AttentionInputs, pairs: Pairs | None = None, strength_P: Tensor | None = None
     ) -> HeadPatterns:
         """`log_pattern_kept` (or that of other pairs) some heads at a time."""
         scores = self.scores_by_head(inputs, pairs, strength_P)
-        return lambda heads: inputs.rule.of_heads(heads).masked(scores(heads)).log_softmax(-1)
+        return torch.no_grad()(lambda heads: inputs.rule.of_heads(heads).masked(scores(heads)).log_softmax(-1))
 
     @torch.no_grad()
     def scores_by_head(

@@ -140,7 +140,7 @@ def head_blocks(q_BTNH: Tensor, k_BTGH: Tensor) -> Iterator[slice]:
     """Query heads, as many at a time as `BLOCK` allows: whole groups of them that share a key head, or equal parts of
     one."""
     batch, length, n_query, _ = q_BTNH.shape
-    most = max(block_of(q_BTNH.device) // (batch * length * k_BTGH.shape[1]), 1)
+    most = max(block_of(q_BTNH.device) // max(batch * length * k_BTGH.shape[1], 1), 1)
     group = n_query // k_BTGH.shape[2]
     step = most // group * group or max(n for n in range(1, min(most, group) + 1) if group % n == 0)
     return (slice(start, min(start + step, n_query)) for start in range(0, n_query, step))

@@ -18,6 +18,7 @@ from qkscope.evaluate import measure as room
 from qkscope.evaluate.faithful import curve
 from qkscope.evaluate.measure import Sources, measure
 from qkscope.kernels.row_kl import exp
+from qkscope.pairs import pair_map
 from qkscope.pairs.active import Active
 from qkscope.pairs.pair_map import active_scores, active_scores_by_head, with_bias
 from qkscope.pattern import AttentionInputs, PatternRule, head_blocks, patterns_of
@@ -102,6 +103,7 @@ def test_evaluation_holds_one_heads_patterns_at_a_time(name: str, monkeypatch: p
 
     monkeypatch.setattr(PatternRule, "masked", watched)
     monkeypatch.setattr(pattern, "BLOCK_CPU", 1)
+    monkeypatch.setattr(pair_map, "plain_scores", lambda *_: pytest.fail("scores of all heads at once"))
     monkeypatch.setattr(room, "_check_map", lambda *_: 0.0)  # of a few tokens, and of all heads
     sources = Sources.of(dec, sample)
     measure(dec, site, batches, sources, Examples(dec, 2, drawn=1, pairs=2))

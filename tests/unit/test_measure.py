@@ -17,7 +17,7 @@ from texts import BOS, documents_of, write
 from qkscope.attention import harvest
 from qkscope.config import RunConfig
 from qkscope.evaluate.controls import shuffled_pairs, untrained
-from qkscope.evaluate.layer import memory_of
+from qkscope.evaluate.layer import SAMPLE_TOKENS, memory_of
 from qkscope.evaluate.measure import CONTROLS, Sources, Sums, measure, sample_l0
 from qkscope.evaluate.patterns import KLScore
 from qkscope.evaluate.pieces import HELDOUT, Found, packed, unpacked
@@ -95,8 +95,10 @@ def test_memory_is_counted_with_the_context_the_vocabulary_and_the_adversary() -
     quiet = {"evaluation": {"adversary_steps": 0}}
     short, long = (counted(data={"context": context}, **quiet) for context in (256, 4096))
     mean = 4 * heads * (4096**2 - 256**2)
-    logits = 2 * 4 * vocabulary * (4096 - 2048)
-    assert mean + logits < long - short < mean + logits + 4 * 16 * 4096**2  # and patterns of one head
+    logits = 2 * 4 * vocabulary * (4096 - 3072)
+    masks = SAMPLE_TOKENS * (4096 - 256)
+    least = mean + logits + masks
+    assert least < long - short < least + 4 * 16 * 4096**2  # and patterns of one head
     assert counted(training={"batch_tokens": 1 << 20}, **quiet) == counted(training={"batch_tokens": 4096}, **quiet)
     gates = 4 * heads * 2401**2
     assert 5 * gates < counted() - counted(**quiet) < 8 * gates

@@ -71,6 +71,7 @@ def curve(dec: Decomposition, site: AttentionSite, batches: Sequence[Batch], see
         add_kls(inputs, {scores[name]: log for name, log in logs.items()})
         if site.has_head:
             patched.add(site, batch, {str(name): as_source(log) for name, log in logs.items()})
+        del logs  # before those of the next batch are made
     return [{"pairs": n, **{name: _figures(scores[n, name], patched, str((n, name))) for name in CUTS}} for n in counts]
 
 

@@ -32,7 +32,7 @@ from ..target import outcome
 from ..training.stream import harvest_finite
 from .adversary import LARGEST
 from .dense import dense_features
-from .faithful import ADVERSARY_TOKENS, CURVE_TOKENS, against_adversary, curve, first_of
+from .faithful import ADVERSARY_TOKENS, CURVE_TOKENS, CUTS, SHARES, against_adversary, curve, first_of
 from .heads import head_roles
 from .labels import StoryLabels
 from .measure import Sources, Sums, measure, sample_l0
@@ -61,11 +61,13 @@ def memory_of(site: AttentionSite, config: RunConfig) -> int:
     """Bytes that measuring one layer takes beside the model (`benchmarks/evaluation_memory.py` holds it to that)."""
     d, n, g, h = (site.shape[name] for name in "DNGH")
     dictionary, context = config.dictionary, config.data.context
-    tokens = max(min(config.training.batch_tokens, BATCH_TOKENS), context)
+    tokens = max(min(config.training.batch_tokens, BATCH_TOKENS) * 3 // 2, context)
     vocabulary = site.model.get_output_embeddings().weight.shape[0] if site.has_head else 0  # type: ignore[operator]
-    sample, mean = SAMPLE_TOKENS * (d + (n + g) * h), n * context**2
+    sample, mean = SAMPLE_TOKENS * (d + (n + g) * h + context // 4), n * context**2  # with its masks, a byte an entry
     # The model's logits and a variant's; of some heads at a time the true pattern and a variant's, a few times each.
     heldout = 2 * tokens * vocabulary + 12 * max(tokens * context, block_of(next(site.model.parameters()).device))
+    if site.layout is not None:  # a phase for each active feature and half of a head, for all curves of fewer pairs
+        heldout += len(SHARES) * len(CUTS) * tokens * int(dictionary.k + dictionary.key_k + 2) * h
     gates = n * (dictionary.width + 1) * (dictionary.key_width + 1)
     adversary = 7 * gates * (gates <= LARGEST) + 3 * ADVERSARY_TOKENS * vocabulary
     return 4 * (sample + mean + max(heldout, adversary * bool(config.evaluation.adversary_steps))) + BESIDE

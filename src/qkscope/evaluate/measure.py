@@ -174,6 +174,8 @@ def measure(
             variants = {name: as_source(patterns[name]) for name in again}
             variants |= {"zero": zero_pattern, "uniform": uniform_pattern, "mean": sources.mean}
             sums.patched.add(site, batch, variants)
+            del variants
+        del patterns, kept  # before those of the next batch are made
         sums.tokens += batch.n_tokens
         sums.sequences += len(batch.tokens_BT)
     return sums

@@ -51,11 +51,12 @@ class Predictions:
         """The logits of some tokens, float32, less each one's largest."""
         return self.logits_nV[here].float() - self.most_n[here, None]
 
+    @torch.no_grad()
     def next_token_loss(self) -> Tensor:
-        """Nats for each token after the first, [B, T - 1]."""
+        """Nats for each token after the first, [B, T - 1]; without a gradient."""
         following_n = self.batch.tokens_BT.roll(-1, 1).flatten()
         logit_n = self.logits_nV.gather(-1, following_n[:, None])[:, 0].float()
-        return (self.total_n + self.most_n - logit_n).view(self.shape)[:, :-1]
+        return (self.total_n - (logit_n - self.most_n)).view(self.shape)[:, :-1]
 
     def kl(self, other: Predictions) -> Tensor:
         """KL(these ‖ the other) of each token in nats, [B, T]; differentiable in the other's logits."""

@@ -10,11 +10,11 @@ from ..config import RunConfig
 from ..data import Batch, Sequences
 from ..data.documents import Split
 
-BATCH_TOKENS = 4096  # at the most, whatever a step of training has: logits of a batch are held
+BATCH_TOKENS = 4096  # about, at the most, whatever a step of training has: logits of a batch are held
 
 
 def text_of(site: AttentionSite, config: RunConfig, split: Split, tokens: int) -> Sequences:
-    """The beginning of one split, in batches of at most `BATCH_TOKENS` or one sequence."""
+    """The beginning of one split, in batches of about `BATCH_TOKENS` at the most, or one sequence."""
     return Sequences(
         config.data, site.tokenizer, split, batch_tokens=min(config.training.batch_tokens, BATCH_TOKENS),
         seed=config.training.seed, repeat=False, max_tokens=tokens,

@@ -101,10 +101,10 @@ class _Batch:
             again, starts_of(row_M[used], len(head.key_C) * self.batch),
         )  # fmt: skip
 
-    def scores(self, head: HeadLayout, table_Un: Tensor, a_k_M: Tensor, s_P: Tensor) -> Tensor:
+    def scores(self, head: HeadLayout, y_Cn: Tensor, a_k_M: Tensor) -> Tensor:
         """One head's, [B, K, Q]."""
         used, row, start, *_ = self.meetings(head)
-        y = _y(table_Un, s_P, head).unflatten(1, (self.batch, self.length)).flatten(0, 1)
+        y = y_Cn.unflatten(1, (self.batch, self.length)).flatten(0, 1)
         found = row_sums(row, y, start, a_k_M[used])  # [key token, query position]
         return found.view(self.batch, self.length, self.length)
 
@@ -118,7 +118,7 @@ class _PlainScores(torch.autograd.Function):
         scores = s_P.new_empty(seen.batch, len(heads), seen.length, seen.length)
         table_Un = seen.table(a_q_L)
         for n, head in enumerate(heads):
-            scores[:, n] = seen.scores(head, table_Un, a_k_M, s_P).transpose(1, 2)
+            scores[:, n] = seen.scores(head, _y(table_Un, s_P, head), a_k_M).transpose(1, 2)
         return scores
 
     @staticmethod
@@ -186,5 +186,19 @@ def plain_scores_by_head(
 ) -> Callable[[int], Tensor]:
     """The same one head at a time and turned round, [B, K, Q], without gradients."""
     seen, paired = _Batch.of(queries, keys, layout, batch, length)
-    table_Un = seen.table(a_q_L.index_select(0, paired))
-    return lambda head: seen.scores(layout.heads[head], table_Un, a_k_M, s_P)
+    a_q_L = a_q_L.index_select(0, paired)
+
+    def one(number: int) -> Tensor:
+        """With a table of this head's query features alone: many maps that wait for their turn hold none."""
+        head = layout.heads[number]
+        row_u = head.by_query[0]
+        place_U = row_u.new_full((layout.n_rows,), -1)
+        place_U[row_u] = torch.arange(len(row_u), device=row_u.device)
+        at_L = place_U[seen.row_L]
+        used = (at_L >= 0).nonzero()[:, 0]
+        table_un = a_q_L.new_zeros(len(row_u), batch * length)
+        table_un[at_L[used], seen.token_L[used]] = a_q_L[used]
+        order, row, start = head.by_key
+        return seen.scores(head, row_sums(place_U[row], table_un, start, s_P[head.pairs][order]), a_k_M)
+
+    return one

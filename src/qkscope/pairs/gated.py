@@ -125,12 +125,13 @@ class _Sequence:
         """The active key features, in the order of theirs."""
         return self.by_feature.place_FB[:, 0].argsort()[: self.by_feature.ends[-1]]
 
-    def token_blocks(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """`_groups` of tokens in blocks of about `BLOCK` numbers, each token having so many."""
+    def token_blocks(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """`_groups` of tokens in blocks of about `BLOCK` numbers of y, or of their gates."""
         block = BLOCK_CPU if self.act_L.device.type == "cpu" else BLOCK
+        n_keys = max(self.by_feature.ends[-1], 1)
         for here, events, features in _groups(self.by_token):
-            at = here.start
-            for some in zip(*(y.split(max(block // max(size, 1), 1)) for y in (events, features)), strict=True):
+            at, size = here.start, n_keys * max(width, events.shape[1])
+            for some in zip(*(y.split(max(block // size, 1)) for y in (events, features)), strict=True):
                 yield slice(at, at + len(some[0])), *some
                 at += len(some[0])
 
@@ -147,7 +148,7 @@ class _Sequence:
         u, v = self.vectors(left_FH, right_JH)
         gates_Fc = gates_FJ.index_select(1, self.feature_c)
         found_Mt = u.new_zeros(len(v), self.by_token.ends[-1])
-        for here, event_tE, feature_tE in self.token_blocks(gates_Fc.shape[1] * u.shape[1]):
+        for here, event_tE, feature_tE in self.token_blocks(u.shape[1]):
             gate_tEc = gates_Fc.index_select(0, feature_tE.flatten()).view(*feature_tE.shape, -1)
             y_tcH = gate_tEc.transpose(1, 2) @ u[event_tE]
             for there, event_cn, _ in _groups(self.by_feature):
@@ -165,7 +166,7 @@ class _Sequence:
         grad_Kt = grad_QK.index_select(0, self.token_t).T.contiguous()
         feature_c = self.feature_c
         to_gate_Lc = u.new_zeros(len(u), len(feature_c))
-        for here, event_tE, _ in self.token_blocks(len(feature_c) * u.shape[1]):
+        for here, event_tE, _ in self.token_blocks(u.shape[1]):
             to_y_ctH = u.new_empty(len(feature_c), len(event_tE), u.shape[1])
             grad_Kh = grad_Kt[:, here]
             for there, event_cn, token_cn in _groups(self.by_feature):

@@ -240,7 +240,10 @@ class Terms:
         self.slope = None if softcap is None else (1 - (scores / softcap).square()).flatten()
 
     def blocks(self, least_P: Tensor) -> Iterator[Rows]:
-        """The rows that may hold an effect of a pair's `least` or more, in blocks of about `BLOCK_ROWS` of one head."""
+        """The rows that may hold an effect of a pair's `least` or more, in blocks of about `BLOCK_ROWS` of one head.
+
+        Each is to be used (`of`, `sizes`) before the next one is asked for.
+        """
         pairs = self.dec.pairs
         rows_P, terms_P = torch.zeros_like(pairs.query_P), torch.zeros_like(pairs.query_P)
         for query_F, key_F in zip(self.query.count_FB.T, self.key.count_FB.T, strict=True):
@@ -254,8 +257,10 @@ class Terms:
         itself = n // 8 + (0 if self.rule.rotary is None else 2 * self.length)
         for head in range(self.dec.shape.N):
             here = pairs.of_head(head)
-            self._enter(head)
             index = rows_P[here].nonzero()[:, 0] + here.start
+            if not len(index):
+                continue
+            self._enter(head)
             size = rows_P[index].clamp(min=itself)
             blocks = (size.cumsum(0) // BLOCK_ROWS).unique_consecutive(return_counts=True)[1]
             for pair_p in index.split(blocks.tolist()):
