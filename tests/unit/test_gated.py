@@ -9,6 +9,7 @@ import torch
 from layers import LAYERS, close, rotation, some_inputs, some_sides, turn_matrix
 from torch import Tensor
 
+from qkscope.pairs import gated as room
 from qkscope.pairs.gated import GatedScores
 from qkscope.pairs.pair_map import rows, with_bias
 from qkscope.pattern import AttentionInputs
@@ -46,7 +47,9 @@ def slow_gated(gates_NFJ: Tensor, case: Sides, inputs: AttentionInputs) -> Tenso
 
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_scores_and_gradients_are_the_loops(name: str, silent: bool) -> None:
+def test_scores_and_gradients_are_the_loops(name: str, silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token at a time, or all at once."""
+    monkeypatch.setattr(room, "BLOCK_CPU", 1 if silent else 1 << 22)
     inputs = some_inputs(31, length=5, **LAYERS[name])
     case = some_case(inputs, silent=silent)
     g = torch.Generator().manual_seed(0)
