@@ -20,9 +20,8 @@ from .rotary import Rotary
 HeadPatterns = Callable[[slice], Tensor]
 """A pattern or its log, some heads (of `head_blocks`) at a time, [B, n, Q, K]: whole, it may be too large to hold."""
 
-
-BLOCK = 1 << 25  # 128 MB; ...
-BLOCK_CPU = 1 << 19  # ... 2 MB, near the cache
+BLOCK = 1 << 25  # entries of patterns at once, 128 MB; ...
+BLOCK_CPU = 1 << 19  # ... on a CPU 2 MB, near the cache
 
 
 @dataclass(frozen=True)

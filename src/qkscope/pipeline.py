@@ -149,8 +149,10 @@ def _leave_unless_fit(
     seen_by_all: bool, free: int, sites: Sequence[AttentionSite], config: RunConfig, out: Path, reporter: Reporter
 ) -> None:
     """Go on alone where not all processes can measure layers."""
+    if parallel.size() == 1:
+        return
     need = max(memory_of(site, one) for site in sites for one in (config, *variants(config).values()))
-    if parallel.size() > 1 and not (seen_by_all and need <= USED * free):
+    if not (seen_by_all and need <= USED * free):
         why = "have the memory for it" if seen_by_all else f"see {out} and can write there"
         reporter.message(f"not all processes {why}: the first one measures alone")
         parallel.leave()

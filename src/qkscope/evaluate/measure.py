@@ -217,10 +217,10 @@ def _check_map(dec: Decomposition, inputs: AttentionInputs) -> float:
 def _add_active(active: Ratio, dec: Decomposition, inputs: AttentionInputs, acts: dict[str, Tensor]) -> None:
     fires = {side: with_bias((a > 0).float()) for side, a in acts.items()}
     ones = torch.ones_like(dec.strength_P)
-    none = torch.zeros(dec.query.width + 1, dec.shape.N, 1), torch.zeros(dec.key.width + 1, dec.shape.G, 1)
-    counting = inputs.rule.plain()
     both = Active.of(fires["query"]), Active.of(fires["key"])
-    counts = active_scores_by_head(dec.pairs, ones, *both, lambda: none, counting)
+    counts = active_scores_by_head(
+        dec.pairs, ones, *both, lambda: (rows(dec.query, dec.shape.N), rows(dec.key, dec.shape.G)), inputs.rule.plain()
+    )
     seen = inputs.rule.visible_BQK & inputs.real_BT[..., None]
     counted_B = torch.zeros(len(seen), device=seen.device)
     for heads in inputs.head_blocks():

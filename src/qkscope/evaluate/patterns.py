@@ -18,7 +18,7 @@ from ..pattern import AttentionInputs, HeadPatterns, patterns_of
 from .figures import Ratio
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # each is itself, so that `add_kls` can take them as keys
 class KLScore:
     """The pattern KL of one variant, gathered over batches: where it is all that is asked for."""
 
