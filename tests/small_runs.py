@@ -24,7 +24,7 @@ from tiny import tiny_model
 
 from qkscope import jobs, memory, pipeline
 from qkscope.cli import main
-from qkscope.evaluate import report
+from qkscope.evaluate import measure, report
 
 OPTIONS: dict[str, Any] = {
     "layers": (0, 1),
@@ -68,7 +68,8 @@ def small_constants() -> Iterator[None]:
     """Starts are fitted to less text, and less of it is checked pair by pair: most of a small run's time otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "START_TOKENS", 300)
-        patch.setattr(report, "CHECK_TOKENS", 8)
+        for module in (measure, report):
+            patch.setattr(module, "CHECK_TOKENS", 8)
         yield
 
 
