@@ -38,6 +38,7 @@ from qkscope.evaluate.speed.world import Size, World
 from qkscope.pairs.importance import rank_pairs
 from qkscope.pairs.pair_map import Pairs, rows, weight_strength
 from qkscope.pairs.tune import MapJob
+from qkscope.training.objective import Padding
 from qkscope.training.start import SideStatistics, side_statistics
 from qkscope.training.stream import Harvest
 
@@ -92,7 +93,9 @@ class Case:
         )  # fmt: skip
         job.keep(torch.arange(len(pairs)))  # as a run does: tune drops the features that no pair names
         job.train()
-        again = repeat(Harvest({layer: inputs}, batch, batch.n_tokens))  # what a step costs without the model
+        again = repeat(
+            Harvest({layer: inputs}, batch, batch.n_tokens, Padding.of(batch.real_BT))
+        )  # what a step costs without the model
         return Steps([job], again, CPU).step
 
 

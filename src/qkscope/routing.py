@@ -8,8 +8,11 @@ Shapes: B sequences, T positions (Q as a query, K as a key), N query heads.
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +35,28 @@ class Stop(Exception):
     """Ends a forward pass after the last wanted layer."""
 
 
+@dataclass
+class Lengths:
+    """Of sequences at which a module was found causal, and at which it was not: a window is shorter than these."""
+
+    causal: int = 0
+    other: int = sys.maxsize
+
+    def tell(self, length: int) -> bool:
+        """Whether it is known of this length."""
+        return length <= self.causal or length >= self.other
+
+    def note(self, length: int, *, causal: bool) -> None:
+        if causal:
+            self.causal = max(self.causal, length)
+        else:
+            self.other = min(self.other, length)
+
+
 Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | HeadPatterns | None]
 handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
+_lengths: weakref.WeakKeyDictionary[nn.Module, Lengths] = weakref.WeakKeyDictionary()
+_plain = False
 _seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
 
 
@@ -53,7 +76,9 @@ def _attention(
         _seen.append(module)
     handler = handlers.get(module)
     if handler is None and softcap is None and s_aux is None:
-        if _is_causal(attention_mask, query, key):  # fused kernels then skip what no query sees; with a mask few do
+        if _is_causal(
+            module, attention_mask, query, key
+        ):  # fused kernels then skip what no query sees; few do by a mask
             attention_mask, kwargs["is_causal"] = None, True
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rule = PatternRule(
@@ -80,14 +105,37 @@ def _of_keys(pattern: Tensor, value: Tensor) -> Tensor:
     return pattern[..., : value.shape[2]].to(value.dtype)
 
 
-def _is_causal(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
-    """Whether every query sees itself and all keys before it; found out once for a mask, which layers share."""
+@contextmanager
+def plain_batches() -> Iterator[None]:
+    """While open, sequences are padded on the right or not at all, and what a layer sees follows from the length alone.
+
+    A mask need not be looked at then, which a GPU's host would wait for, where the module's longer ones were causal.
+    """
+    global _plain
+    _plain = True
+    try:
+        yield
+    finally:
+        _plain = False
+
+
+def _is_causal(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether every query sees itself and all keys before it, but for padding on the right: what a padded query sees
+    is of no account. Found out once for a mask, which layers share."""
     if mask is None or mask.shape[2] != mask.shape[3]:
         return False
-    if not hasattr(mask, "is_causal"):
-        visible = _visible(mask, query, key)
-        mask.is_causal = torch.equal(visible, torch.ones_like(visible).tril())  # type: ignore[attr-defined]
-    return mask.is_causal  # type: ignore[attr-defined]
+    known = _lengths.setdefault(module, Lengths())
+    if not (_plain and known.tell(mask.shape[2])):
+        if not hasattr(mask, "is_causal"):
+            visible = _visible(mask, query, key)
+            real_B1K = visible[:, -1:]  # the last query of a causal mask sees all that is no padding
+            on_the_right = (real_B1K[..., 1:] <= real_B1K[..., :-1]).all()
+            causal = visible == (torch.ones_like(visible[:1]).tril() & real_B1K)
+            mask.is_causal = bool(causal.all() & on_the_right)  # type: ignore[attr-defined]
+        if not _plain:
+            return mask.is_causal  # type: ignore[attr-defined]
+        known.note(mask.shape[2], causal=mask.is_causal)  # type: ignore[attr-defined]
+    return mask.shape[2] <= known.causal
 
 
 def _visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ def test_pattern_is_the_models_own(name: str, layer: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_mask_hides_stays_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain causal masks are left to the fused kernel; with padding, a window or both ways it is handed the mask."""
+    """Plain causal masks are left to the fused kernel, also with padding on the right; with padding on the left, a
+    window or both ways it is handed the mask."""
     whole = T * (T + 1) // 2
     plain = [inputs.rule.visible_BQK[0].sum() == whole and name not in BIDIRECTIONAL for inputs in harvested(name)]
     here, untouched = sites(name)[0].model, reference(name)
@@ -130,13 +131,41 @@ def test_what_a_mask_hides_stays_hidden(name: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(routing, "sdpa_attention_forward", noted)
     tokens, real = batch()
-    for rows in (slice(0, 1), slice(0, 4)):
+    for rows in (slice(0, 1), slice(0, 2), slice(0, 4)):
         masks.clear()
         found, wanted = (run(model, tokens[rows], real[rows]) for model in (here, untouched))
         scale = wanted[real[rows]].abs().max()
         assert (found - wanted)[real[rows]].abs().max() <= 2e-3 * scale
-        assert not masks or [causal for _, causal in masks] == [rows.stop == 1 and causal for causal in plain]
+        assert not masks or [causal for _, causal in masks] == [rows.stop <= 2 and causal for causal in plain]
         assert all(mask is None for mask, causal in masks if causal)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma3_text", "bert"])
+def test_in_plain_batches_masks_are_looked_at_once_a_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, untouched = open_sites(tiny_model(name), None, [0])[0].model, reference(name)
+    looked: list[int] = []
+    visible = routing._visible
+
+    def noted(mask: Tensor, *rest: Tensor) -> Tensor:
+        looked.append(mask.shape[2])
+        return visible(mask, *rest)
+
+    monkeypatch.setattr(routing, "_visible", noted)
+    tokens, real = (part[:2] for part in batch())
+    lengths = [14, T, WINDOW - 1, WINDOW, 13, 14, T]
+    with routing.plain_batches():
+        for length in lengths:
+            found, wanted = (run(model, tokens[:, :length], real[:, :length]) for model in (here, untouched))
+            wanted = wanted[real[:, :length]]
+            assert (found[real[:, :length]] - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+    # What was seen of a length says what shorter ones are, where it was causal, and longer ones, where it was not.
+    # Without padding BERT makes no mask.
+    window = [14, WINDOW - 1, WINDOW, 13]
+    wanted = {"gpt2": [14, T], "mistral": window, "bert": [14, 13], "gemma3_text": [14, T, *window]}
+    assert sorted(looked) == sorted(wanted[name])
+    looked.clear()
+    run(here, tokens, real)
+    assert looked  # outside of them each is
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)

@@ -25,7 +25,7 @@ from qkscope.errors import UserError
 from qkscope.training import checkpoint, loop
 from qkscope.training.job import Job
 from qkscope.training.loop import FLOOR, Logs, rate_at, train
-from qkscope.training.objective import PatternTarget
+from qkscope.training.objective import Padding, PatternTarget
 from qkscope.training.stream import Harvest, ModelStream, Reused, require_finite
 from qkscope.training.watch import Watch
 
@@ -172,7 +172,7 @@ class Numbered:
     def __next__(self) -> Any:
         self.made.append(self.at)
         self.at += 1
-        return Harvest({}, None, 10 + self.at % 3)  # type: ignore[arg-type]
+        return Harvest({}, None, 10 + self.at % 3, Padding(None))  # type: ignore[arg-type]
 
     def state(self) -> dict[str, Any]:
         return {"at": self.at}

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
+from ..devices import sent
 from ..errors import UserError
 from .documents import Document, Split, open_documents
 
@@ -72,7 +73,7 @@ class Batch:
         return replace(self, tokens_BT=self.tokens_BT[:, :length], real_BT=self.real_BT[:, :length])
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = (t.to(device) for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))
+        moved = (sent(t, device) for t in (self.tokens_BT, self.real_BT, self.document_B, self.offset_B))
         return Batch(*moved, opened=self.opened)
 
 

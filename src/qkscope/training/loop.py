@@ -155,7 +155,7 @@ def train_step(
     logs: dict[str, dict[str, Any]] = {}
     for layer, seen in batch.layers.items():
         require_finite(seen, layer, batch.origin, step, watch)
-        target = PatternTarget(seen)
+        target = PatternTarget(seen, batch.padding)
         with parallel.divided(target.n_tokens, batch.n_tokens):
             for job, optimizer in zip(jobs, optimizers, strict=True):
                 if job.layer == layer:

@@ -8,12 +8,14 @@ agreeing on an arbitrary rotation of head space.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .. import parallel
+from ..devices import sent
 from ..dictionary import SparseTranscoder
 from ..kernels.mostly_zero import MostlyZero
 from ..kernels.pattern_kl import pattern_kl
@@ -23,6 +25,21 @@ from ..pattern import AttentionInputs
 PARTS = 3.0, 1.0, 1.0  # of the three KLs in the loss
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a batch are padding, as the host knows it."""
+
+    place_n: Tensor | None
+    """Where the real ones stand among those of all sequences, one after the other, int64; None: all are real."""
+
+    @classmethod
+    def of(cls, real_BT: Tensor, device: torch.device | None = None) -> Padding:
+        """Of bool [B, T], for tokens on a device; flags that lie on a GPU are waited for."""
+        if bool(real_BT.all()):
+            return cls(None)
+        return cls(sent(real_BT.flatten().nonzero()[:, 0], device or real_BT.device))
+
+
 class PatternTarget:
     """One layer's true pattern on one batch, for every dictionary that is trained on it.
 
@@ -30,11 +47,12 @@ class PatternTarget:
     on the same batch 10 to 20 % of its KL, and nothing to the first.
     """
 
-    def __init__(self, inputs: AttentionInputs) -> None:
+    def __init__(self, inputs: AttentionInputs, padding: Padding | None = None) -> None:
+        """`padding`: that of `inputs.real_BT`, where it is known already."""
         self.inputs = inputs
         self.rule = inputs.rule
         self.real_BT = inputs.real_BT
-        self.padded = not bool(inputs.real_BT.all())
+        self.padding = Padding.of(inputs.real_BT) if padding is None else padding
         self.x_nD = self.pack(inputs.x_BTD)
         self.q_nM = self.pack(inputs.q_BTNH.flatten(2))
         self.k_nM = self.pack(inputs.k_BTGH.flatten(2))
@@ -45,14 +63,15 @@ class PatternTarget:
 
     def pack(self, values_BTd: Tensor) -> Tensor:
         """The unpadded tokens in one row, float32 [n, d]: padding never reaches a dictionary."""
-        return (values_BTd[self.real_BT] if self.padded else values_BTd.flatten(0, 1)).float()
+        values, place_n = values_BTd.flatten(0, 1), self.padding.place_n
+        return (values if place_n is None else values.index_select(0, place_n)).float()
 
     def unpack(self, values_nd: Tensor) -> Tensor:
         """`pack` undone, zeros at padding: [B, T, d]."""
-        if not self.padded:
-            return values_nd.unflatten(0, self.real_BT.shape)
-        out = values_nd.new_zeros(*self.real_BT.shape, values_nd.shape[-1])
-        return out.masked_scatter(self.real_BT[..., None], values_nd)
+        if (place_n := self.padding.place_n) is not None:
+            zeros = values_nd.new_zeros(self.real_BT.numel(), values_nd.shape[-1])
+            values_nd = zeros.index_copy(0, place_n, values_nd)
+        return values_nd.unflatten(0, self.real_BT.shape)
 
     def queries(self, q_nM: Tensor) -> Tensor:
         return self.unpack(q_nM.float()).view_as(self.inputs.q_BTNH)

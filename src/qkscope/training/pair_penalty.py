@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import parallel
+from ..devices import sent
 from ..dictionary import SparseTranscoder
 from ..kernels.mostly_zero import MostlyZero, fires
 from ..kernels.product_norm import product_norm, smooth_abs
 from ..rotary import swap
-from .objective import PatternTarget
+from .objective import Padding, PatternTarget
 
 TINY = 1e-8  # under a root, where a feature fires on a single token
 DRAWN = 512  # features of a side that a step looks at; a twentieth of its operations, at GPT-2 small's shape
@@ -46,18 +47,18 @@ def pair_penalty(
     at; `free` pairs cost nothing.
     """
     n_heads, n_groups = target.inputs.q_BTNH.shape[2], target.inputs.k_BTGH.shape[2]
-    on_q, on_k = (parallel.anywhere(fires(acts)).nonzero()[:, 0] for acts in (acts_q, acts_k))
-    (on_q, weight_q), (on_k, weight_k) = _drawn(on_q, draw), _drawn(on_k, draw + 1)
-    size_q = (_mean_square(acts_q, on_q) + TINY).sqrt()
-    size_k = (_variance(acts_k, on_k) + TINY).sqrt()
-    left_FNH = (query.W_dec[on_q] * size_q[:, None]).unflatten(1, (n_heads, -1)) * target.rule.scaling
-    right_FGH = (key.W_dec[on_k] * size_k[:, None]).unflatten(1, (n_groups, -1))
+    on_q, on_k = (parallel.anywhere(fires(acts)) for acts in (acts_q, acts_k))
+    (index_q, weight_q), (index_k, weight_k) = _drawn(on_q, draw), _drawn(on_k, draw + 1)
+    size_q = (_mean_square(acts_q, index_q) + TINY).sqrt() * on_q[index_q]
+    size_k = (_variance(acts_k, index_k) + TINY).sqrt() * on_k[index_k]
+    left_FNH = (query.W_dec[index_q] * size_q[:, None]).unflatten(1, (n_heads, -1)) * target.rule.scaling
+    right_FGH = (key.W_dec[index_k] * size_k[:, None]).unflatten(1, (n_groups, -1))
     right_FNH = right_FGH.repeat_interleave(n_heads // n_groups, 1)
     if target.rule.rotary is not None:
         left_FNH, right_FNH = _turned(target, left_FNH, right_FNH, draw)
     total = product_norm(left_FNH.transpose(0, 1), right_FNH.transpose(0, 1))
     if free is not None:
-        place_q, place_k = _places(on_q, query.width + 1), _places(on_k, key.width + 1)
+        place_q, place_k = _places(index_q, query.width + 1), _places(index_k, key.width + 1)
         both = (place_q[free[0]] >= 0) & (place_k[free[1]] >= 0)
         a, b, head = place_q[free[0][both]], place_k[free[1][both]], free[2][both]
         total = total - smooth_abs(torch.linalg.vecdot(left_FNH[a, head], right_FNH[b, head])).sum()
@@ -78,12 +79,16 @@ def _variance(acts: Tensor | MostlyZero, on: Tensor) -> Tensor:
     return parallel.mean(acts.square_distances(centre_F))[on]
 
 
-def _drawn(index: Tensor, draw: int) -> tuple[Tensor, float]:
-    """`DRAWN` of these features, in their order, and how many each stands for; all of them where there are fewer."""
-    if len(index) <= DRAWN:
-        return index, 1.0
-    chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(draw))[:DRAWN]
-    return index[chosen.sort().values.to(index.device)], len(index) / DRAWN
+def _drawn(on_F: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    """`DRAWN` of the features that are on, in their order, and how many each stands for; all where there are fewer.
+
+    A GPU fills up with features that are not: how many are on, the host would have to wait for.
+    """
+    if on_F.device.type == "cpu" and len(index := on_F.nonzero()[:, 0]) <= DRAWN:
+        return index, torch.ones(())
+    lot_F = sent(torch.rand(len(on_F), generator=torch.Generator().manual_seed(draw)), on_F.device)
+    drawn = lot_F.masked_fill(~on_F, -1.0).topk(min(DRAWN, len(on_F))).indices
+    return drawn.sort().values, (on_F.sum() / DRAWN).clamp(min=1.0)
 
 
 def _places(index: Tensor, width: int) -> Tensor:
@@ -111,13 +116,17 @@ def _turned(target: PatternTarget, left_FNH: Tensor, right_FNH: Tensor, draw: in
 
 def drawn_places(target: PatternTarget, draw: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each head a sequence, one of its queries, and a key in proportion to the head's attention, int64 [N] each."""
-    generator = torch.Generator().manual_seed(draw)
-    n_heads = target.inputs.q_BTNH.shape[2]
-    places = parallel.whole_rows(target.real_BT).nonzero()
-    chosen = places[torch.randint(len(places), (n_heads,), generator=generator).to(places.device)]
-    b_N, i_N = chosen.unbind(1)
+    generator, device = torch.Generator().manual_seed(draw), target.real_BT.device
+    n_heads, length = target.inputs.q_BTNH.shape[2], target.real_BT.shape[1]
+    whole_BT = parallel.whole_rows(target.real_BT)
+    place_n = (target.padding if whole_BT is target.real_BT else Padding.of(whole_BT)).place_n
+    n_places = whole_BT.numel() if place_n is None else len(place_n)
+    place_N = sent(torch.randint(n_places, (n_heads,), generator=generator), device)
+    place_N = place_N if place_n is None else place_n[place_N]
+    b_N, i_N = place_N // length, place_N % length
     row_N, here_N = parallel.row_here(b_N, len(target.real_BT))
-    attention_NK = parallel.from_holders(target.attention(row_N, i_N), here_N).cpu()
-    attention_NK = attention_NK + 1e-12  # a sink may have taken all of it
-    j_N = torch.multinomial(attention_NK, 1, generator=generator)[:, 0].to(places.device)
+    attention_NK = parallel.from_holders(target.attention(row_N, i_N), here_N).double() + 1e-12  # a sink may take all
+    until_NK = attention_NK.cumsum(1)
+    share_N1 = sent(torch.rand(n_heads, 1, generator=generator, dtype=torch.float64), device)
+    j_N = (until_NK <= share_N1 * until_NK[:, -1:]).sum(1).clamp(max=length - 1)
     return b_N, i_N, j_N

@@ -19,6 +19,7 @@ from .steering import DENSEST, Steering
 # Dead features that share in the auxiliary reconstruction of a token, a unit of k. Where many share, none of them
 # learns to stand for one thing: on planted layers (k 0.5) 64 a token left a quarter of the true features unfound.
 AUX_FEATURES = 4
+KEPT_STEPS = 8  # for which a GPU keeps the list of dead features; those that fire meanwhile drop out at once
 ANNEALED = 0.5  # share of the training after which no more features are active than asked for
 
 
@@ -38,6 +39,7 @@ class Step1Job(Job):
         self.config, self.steering = config, steering
         self.register_buffer("log_k", torch.tensor([config.k, config.key_k], dtype=torch.float64).log())
         self._kl_3: Tensor | None = None
+        self._dead_before: dict[str, tuple[int, Tensor]] = {}  # of a side: for how many steps, and which
         for side in ("query", "key"):
             idle = torch.zeros(self.side(side).width, dtype=torch.int64, device=query.W_enc.device)
             self.register_buffer(f"{side}_idle", idle)
@@ -85,11 +87,11 @@ class Step1Job(Job):
             fired[side] = acts
             dead = self._note(side, acts)
             extra = extra + sparsity_loss(transcoder, pre, acts, self.config.sparsity or 0.0)
-            if self.config.aux and len(index := dead.nonzero()[:, 0]):
+            if self.config.aux and len(index := self._to_revive(side, dead)):
                 aux = transcoder.W_dec.index_select(0, index)
                 with autocast:
                     pre_dead = transcoder.pre(target.x_nD, index) if pre is None else pre.index_select(1, index)
-                revived = _largest(pre_dead, aux, self._aux_count(side))
+                revived = _largest(pre_dead * dead[index], aux, self._aux_count(side))
                 extra = extra + self.config.aux * revival_loss(
                     true - out[side].float(), acts_product(revived, aux), transcoder.metric
                 )
@@ -103,6 +105,14 @@ class Step1Job(Job):
         kl, self._kl_3 = target.kl_of(out["query"], out["key"])
         log["pattern_kl"] = self._kl_3[0]
         return kl + extra, log
+
+    def _to_revive(self, side: str, dead: Tensor) -> Tensor:
+        """Dead features, int64; on a GPU, whose host would wait to know how many, those that were some steps ago."""
+        age, index = self._dead_before.get(side, (KEPT_STEPS, dead))
+        if dead.device.type == "cpu" or age == KEPT_STEPS:
+            age, index = 0, dead.nonzero()[:, 0]
+        self._dead_before[side] = age + 1, index
+        return index
 
     def _aux_count(self, side: str) -> int:
         return math.ceil(AUX_FEATURES * (self.config.k if side == "query" else self.config.key_k))

@@ -19,6 +19,8 @@ from torch import Tensor
 from .. import parallel
 from ..attention import AttentionInputs, AttentionSite, harvest
 from ..data.sequences import Batch, Sequences
+from ..routing import plain_batches
+from .objective import Padding
 from .watch import Watch
 
 
@@ -39,6 +41,8 @@ class Harvest:
     origin: Origin
     n_tokens: int
     """Real tokens, BOS included; of the rows in all processes."""
+    padding: Padding
+    """Of the rows here."""
 
 
 class Stream(Protocol):
@@ -100,9 +104,11 @@ class ModelStream:
 
     def __next__(self) -> Harvest:
         whole = next(self.text)
-        batch = whole.rows(slice(parallel.rank(), None, parallel.size())).to(self.device)
-        seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
-        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, whole.n_tokens)
+        mine = whole.rows(slice(parallel.rank(), None, parallel.size()))
+        padding, batch = Padding.of(mine.real_BT, self.device), mine.to(self.device)
+        with plain_batches():
+            seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
+        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, whole.n_tokens, padding)
 
     def state(self) -> dict[str, Any]:
         return self.text.state()

@@ -32,6 +32,7 @@ from torch import Tensor
 from ...pairs.pair_map import Pairs, with_bias
 from ...pattern import AttentionInputs, HeadPatterns, PatternRule
 from ...rotary import Rotary
+from ...training.objective import Padding
 from ...training.start import label_seed
 from ...training.stream import Harvest
 
@@ -288,7 +289,7 @@ class PlantedStream:
         count, length = inputs.real_BT.shape
         number = torch.arange(count) + self.at * count
         self.at += 1
-        return Harvest({LAYER: inputs}, Origin(number), count * length)
+        return Harvest({LAYER: inputs}, Origin(number), count * length, Padding(None))
 
     def state(self) -> dict[str, Any]:
         return {"batch": self.at}

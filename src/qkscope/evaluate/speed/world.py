@@ -20,6 +20,8 @@ from ...config import DictionaryConfig, Dtype, TrainingConfig
 from ...data.sequences import Batch
 from ...decomposition import SiteShape
 from ...parallel import kth_largest
+from ...routing import plain_batches
+from ...training.objective import Padding
 from ...training.recipes import resolved
 from ...training.start import SideStatistics, side_statistics, start
 from ...training.step1 import Step1Job
@@ -183,8 +185,10 @@ class RandomText:
 
     def __next__(self) -> Harvest:
         batch = self.world.text(self.tokens)
-        seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
-        return Harvest(dict(zip([s.layer for s in self.sites], seen, strict=True)), batch, batch.n_tokens)
+        with plain_batches():
+            seen = harvest(self.sites, batch.tokens_BT, batch.real_BT)
+        layers = dict(zip([s.layer for s in self.sites], seen, strict=True))
+        return Harvest(layers, batch, batch.tokens_BT.numel(), Padding(None))
 
     def state(self) -> dict[str, Any]:
         return {"generator": self.world.generator.get_state().tolist()}
