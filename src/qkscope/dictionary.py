@@ -83,9 +83,11 @@ class SparseTranscoder(nn.Module):
         # TopK has no threshold to fold the metric into, and must choose in a reader's hands as it did in training.
         if self.metric is None or self.activation == "topk":
             return w.norm(dim=1)
-        heads = w.view(len(w), *self.metric.shape[:2]).unbind(1)  # one at a time: no copy of all of W_dec
-        squares = sum(torch.linalg.vecdot(w_FH @ c_HH, w_FH) for w_FH, c_HH in zip(heads, self.metric, strict=True))
-        return squares.clamp(min=0).sqrt()  # type: ignore[union-attr]
+        w_NFH = w.view(len(w), *self.metric.shape[:2]).transpose(0, 1)
+        n = 1 if w.device.type == "cpu" else len(w_NFH)  # heads at a time: on a CPU no copy of all of W_dec
+        heads = zip(w_NFH.split(n), self.metric.split(n), strict=True)
+        squares = torch.stack([torch.linalg.vecdot(w_nFH @ c_nHH, w_nFH).sum(0) for w_nFH, c_nHH in heads]).sum(0)
+        return squares.clamp(min=0).sqrt()
 
     def read(self, x_nD: Tensor) -> Tensor:
         """What the encoder sees of its input."""
@@ -169,7 +171,7 @@ class SparseTranscoder(nn.Module):
 
     @torch.no_grad()
     def _follow(self, cut: Tensor) -> None:
-        memory = torch.where(self.threshold[0] > 0, THRESHOLD_MEMORY, 0.0)  # the first batch sets it
+        memory = (self.threshold[0] > 0) * THRESHOLD_MEMORY  # the first batch sets it
         self.threshold.lerp_(cut.expand_as(self.threshold), 1 - memory)
 
     @torch.no_grad()

@@ -31,18 +31,19 @@ class _ProductNorm(torch.autograd.Function):
     def forward(ctx: Any, left_ZAH: Tensor, right_ZBH: Tensor) -> Tensor:
         device = left_ZAH.device.type
         rows = max((CPU_BLOCK if device == "cpu" else GPU_BLOCK) // max(right_ZBH.shape[1], 1), 1)
+        products = max(rows // max(left_ZAH.shape[1], 1), 1)  # as many at once, where all rows of one are
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left_ZAH.dtype
         grad_left, grad_right = torch.empty_like(left_ZAH), torch.zeros_like(right_ZBH)
         total = left_ZAH.new_zeros(())
         with torch.autocast(device, enabled=False):
-            for z, (left, right) in enumerate(zip(left_ZAH, right_ZBH.to(dtype), strict=True)):
-                for start in range(0, len(left), rows):
-                    part = left[start : start + rows]
-                    slope = ((part / EPSILON).to(dtype) @ right.T).clamp_(-1, 1)
-                    found = grad_left[z, start : start + rows].copy_(slope @ right)
-                    grad_right[z] += slope.T @ part.to(dtype)
+            whole = zip(*(y.split(products) for y in (left_ZAH, right_ZBH.to(dtype), grad_left, grad_right)), strict=True)
+            for left, right, to_left, to_right in whole:
+                for part, to_part in zip(left.split(rows, 1), to_left.split(rows, 1), strict=True):
+                    slope = ((part / EPSILON).to(dtype) @ right.mT).clamp_(-1, 1)
+                    to_part.copy_(slope @ right)
+                    to_right += slope.mT @ part.to(dtype)
                     squares = torch.linalg.vector_norm(slope, dtype=total.dtype) ** 2
-                    total += (found * part).sum() - EPSILON / 2 * squares  # Σ m·slope, from a product that is there
+                    total += (to_part * part).sum() - EPSILON / 2 * squares  # Σ m·slope, from a product that is there
         ctx.save_for_backward(grad_left, grad_right)
         return total
 

@@ -180,7 +180,7 @@ def _update(
     loss.backward(torch.full_like(loss, parallel.share()))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     log = parallel.sum_gradients(parameters, {"loss": loss.detach(), **log})
-    bad = ~torch.isfinite(log["loss"])
+    bad = ~(log["loss"].abs() < torch.inf)  # NaN is not less either
     watch.note(bad, lambda: _diverged(job.name, log["loss"], step))
     # What a gradient scaler tells a fused optimizer: the step is not taken, and the host need not know.
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]

@@ -177,7 +177,7 @@ def require_finite(
     watch = watch or Watch(torch.device("cpu"))
     for name, values in (("inputs", inputs.x_BTD), ("queries", inputs.q_BTNH), ("keys", inputs.k_BTGH)):
         largest_BT = torch.linalg.vector_norm(values.flatten(2), torch.inf, -1)
-        bad_BT = ~torch.isfinite(largest_BT) & inputs.real_BT
+        bad_BT = ~(largest_BT < torch.inf) & inputs.real_BT  # NaN is not less either
         watch.note(bad_BT.any(), partial(_where, bad_BT, name, layer, origin, step))
 
 
