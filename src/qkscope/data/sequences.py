@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -262,7 +263,7 @@ class Sequences:
             tokens_BT[:, 0] = self._first
         for row, piece in enumerate(pieces):
             end = start + len(piece.tokens)
-            tokens_BT[row, start:end] = torch.tensor(piece.tokens)
+            tokens_BT[row, start:end] = torch.from_numpy(np.array(piece.tokens))  # torch reads a list a number at a time
             real_BT[row, :end] = True
         document_B = torch.tensor([piece.document for piece in pieces])
         offset_B = torch.tensor([piece.offset for piece in pieces])
