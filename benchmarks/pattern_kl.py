@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,17 @@ from qkscope.pattern import PatternRule
 PARTS = 3.0, 1.0, 1.0
 SCORES = 1 << 25  # of one context, at the most
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Case = tuple[Tensor, ...]  # q, k, q̂, k̂, visible, weight
+
+
+class Case(NamedTuple):
+    """What the KLs are of, in the order in which they are asked for it."""
+
+    q_BTNH: Tensor
+    k_BTGH: Tensor
+    q_hat_BTNH: Tensor
+    k_hat_BTGH: Tensor
+    visible_BQK: Tensor
+    weight_BQ: Tensor
 
 
 def case(context: int, args: argparse.Namespace) -> Case:
@@ -43,7 +54,7 @@ def case(context: int, args: argparse.Namespace) -> Case:
     hat = [y + 0.3 * torch.randn(y.shape, generator=g) * y.std() for y in (q, k)]
     visible = torch.ones(1, context, context, dtype=torch.bool).tril()
     weight = torch.full((batch, context), 1 / (batch * context * heads))
-    return tuple(y.to(DEVICE) for y in (q, k, *hat, visible, weight))
+    return Case(*(y.to(DEVICE) for y in (q, k, *hat, visible, weight)))
 
 
 def heads_at(context: int, args: argparse.Namespace) -> int:
@@ -56,8 +67,8 @@ def heads_at(context: int, args: argparse.Namespace) -> int:
 
 
 def from_whole_patterns(case: Case) -> tuple[Tensor, Tensor]:
-    q, k, *hat, visible, weight = case
-    q_hat, k_hat = (y.detach().requires_grad_() for y in hat)
+    q, k, q_hat, k_hat, visible, weight = case
+    q_hat, k_hat = (y.detach().requires_grad_() for y in (q_hat, k_hat))
     rule = PatternRule(visible, 1.0)
     log_true = rule.log_pattern(q, k)
     true, entropy = exp(log_true), row_entropy(log_true)

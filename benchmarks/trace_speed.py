@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def some_decomposition(site: AttentionSite, sample: list, args: argparse.Namespace) -> Decomposition:
-    shape = SiteShape(**site.shape, rotary=False)
+    shape = SiteShape(**site.shape, rotary=False, reads=None)
     config = resolved(DictionaryConfig(width=args.width, k=args.k), TrainingConfig())
     statistics_ = side_statistics(sample)
     sides = [start(config, side, statistics_[side], "speed", 0) for side in ("query", "key")]

@@ -36,7 +36,9 @@ class _ProductNorm(torch.autograd.Function):
         grad_left, grad_right = torch.empty_like(left_ZAH), torch.zeros_like(right_ZBH)
         total = left_ZAH.new_zeros(())
         with torch.autocast(device, enabled=False):
-            whole = zip(*(y.split(products) for y in (left_ZAH, right_ZBH.to(dtype), grad_left, grad_right)), strict=True)
+            whole = zip(
+                *(y.split(products) for y in (left_ZAH, right_ZBH.to(dtype), grad_left, grad_right)), strict=True
+            )
             for left, right, to_left, to_right in whole:
                 for part, to_part in zip(left.split(rows, 1), to_left.split(rows, 1), strict=True):
                     slope = ((part / EPSILON).to(dtype) @ right.mT).clamp_(-1, 1)
