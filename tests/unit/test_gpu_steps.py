@@ -17,7 +17,9 @@ from torch import Tensor
 
 from qkscope.attention import open_sites
 from qkscope.config import DictionaryConfig, TrainingConfig
+from qkscope.evaluate.speed import bench
 from qkscope.evaluate.speed.step import Steps
+from qkscope.evaluate.speed.world import Size, World
 from qkscope.kernels import pattern_kl
 from qkscope.training import pair_penalty, step1
 from qkscope.training.objective import PatternTarget
@@ -104,3 +106,21 @@ def test_of_features_that_were_dead_those_that_fire_again_are_left_alone(monkeyp
     fresh, stale = loss(lambda dead: dead.nonzero()[:, 0]), loss(lambda dead: torch.arange(len(dead)))
     close(stale, fresh)
     assert abs(float(loss(lambda dead: dead.nonzero()[:0, 0]) - fresh)) > 1e-3
+
+
+def test_every_part_of_the_speed_benchmark_runs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Size(
+        context=24, width=24, k=3, batch_tokens=48, pairs=30, live=(6, 7), sample_tokens=24, judged_tokens=24, heads=2,
+        model_layers=3, layers=(0, 1, 2), vocabulary=61,
+    )  # fmt: skip
+    monkeypatch.setattr(bench, "AT_ONCE", 2)
+    with PretendedDevice():
+        world = World(size, DEVICE)
+        ways = bench.step1_ways(world) | bench.pair_ways(world)
+        for way in ways.values():
+            way.act()
+        mask = bench._whole_mask(world)
+    here = World(size, torch.device("cpu"))
+    once = bench.step1_ways(here) | bench.pair_ways(here)
+    assert ways.keys() == once.keys() and mask["pairs"] == 25 * 25 * 2
+    assert {way.tokens / once[name].tokens for name, way in ways.items()} == {1, 2}

@@ -176,6 +176,6 @@ def copy_of(transcoder: SparseTranscoder, metric_NHH: Tensor | None) -> SparseTr
     """An independent copy of a dictionary, its metric included."""
     d_in, width = transcoder.W_enc.shape
     other = SparseTranscoder(d_in, width, transcoder.W_dec.shape[1], transcoder.activation, transcoder.k)
-    other.set_metric(None if transcoder.metric is None else metric_NHH)
+    other.to(transcoder.W_enc.device).set_metric(None if transcoder.metric is None else metric_NHH)
     other.load_state_dict(transcoder.state_dict())
     return other

@@ -20,6 +20,7 @@ from torch.nn.functional import log_softmax, relu
 from ...attention import AttentionSite, harvest
 from ...dictionary import SparseTranscoder
 from ...pattern import AttentionInputs, PatternRule
+from ...routing import plain_batches
 
 ROOT_EPSILON, MASK_EPSILON = 1e-7, 1e-6  # what stands under the two root penalties beside their argument
 
@@ -127,7 +128,8 @@ def mask_loss(
 @torch.no_grad()
 def read(site: AttentionSite, tokens_BT: Tensor) -> AttentionInputs:
     """What one layer's attention is handed, by a forward pass for it alone."""
-    return harvest([site], tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))[0]
+    with plain_batches():
+        return harvest([site], tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))[0]
 
 
 class Step1:

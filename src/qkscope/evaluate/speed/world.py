@@ -29,6 +29,7 @@ from ...training.stream import Harvest
 from ..workbench import Workbench
 
 SCALE = 4.0  # of the weights of queries and keys: a pattern's entropy at 256 positions is then about 1.2 nats
+DRAWN = 1 << 20  # tokens, read again from the first on when the last is reached: to draw takes longer than to read
 DIVERSITY = 3.0  # Zipf's law with an offset: the n-th token's frequency is as 1 / (n + 3)
 
 
@@ -108,8 +109,11 @@ class World:
         self.sites = self.plain = {site.layer: site for site in open_sites(model, None, layers)}
         if dtype == "bfloat16":
             self.sites = {site.layer: site for site in open_sites(deepcopy(model).bfloat16(), None, layers)}
-        self.generator = torch.Generator().manual_seed(seed)
-        self.frequency = 1 / (torch.arange(size.vocabulary) + DIVERSITY)
+        frequency = 1 / (torch.arange(size.vocabulary) + DIVERSITY)
+        self.tokens = torch.multinomial(
+            frequency, DRAWN, replacement=True, generator=torch.Generator().manual_seed(seed)
+        )
+        self.at = 0
 
     @property
     def site(self) -> AttentionSite:
@@ -122,11 +126,11 @@ class World:
         return SiteShape(**self.site.shape, rotary=self.site.layout is not None, reads=None)
 
     def text(self, tokens: int) -> Batch:
-        """Random sequences of the size's context, at least one."""
+        """The next random sequences of the size's context, at least one."""
         n = self.size.whole(tokens) // self.size.context
-        drawn = torch.multinomial(self.frequency, n * self.size.context, replacement=True, generator=self.generator)
-        tokens_BT = drawn.view(n, self.size.context)
-        number = torch.arange(n)
+        place = torch.arange(self.at, self.at + n * self.size.context) % DRAWN
+        self.at = (self.at + len(place)) % DRAWN
+        tokens_BT, number = self.tokens[place].view(n, self.size.context), torch.arange(n)
         batch = Batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), number, torch.zeros_like(number))
         return batch.to(self.device)
 
@@ -191,10 +195,10 @@ class RandomText:
         return Harvest(layers, batch, batch.tokens_BT.numel(), Padding(None))
 
     def state(self) -> dict[str, Any]:
-        return {"generator": self.world.generator.get_state().tolist()}
+        return {"at": self.world.at}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.world.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+        self.world.at = state["at"]
 
 
 def job_of(
