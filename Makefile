@@ -1,6 +1,7 @@
 # make test   lint, types and tests          make demo   a run on the model that ships with the package
 # make lint   lint and types only            make clean  remove what make made, the environment included
-# make gpu    on a machine with a CUDA device: the kernels' tests there, and docs/speed.md's figures into build/gpu
+# make gpu    on a machine with a CUDA device: the kernels' tests and the demo there, and docs/speed.md's figures into
+#             build/gpu
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,21 +22,24 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+DEMO := --layers 1 2 3 --dictionary.width 300 --dictionary.k 8 --training.tokens 160000 --training.batch-tokens 512 \
+  --pairs.count 2000 --pairs.tokens 120000 --evaluation.tokens 6144 --evaluation.adversary-steps 20
+
 demo: $(STAMP)
-	$(BIN)/qkscope run --layers 1 2 3 --out runs/demo --dictionary.width 300 --dictionary.k 8 \
-	  --training.tokens 160000 --training.batch-tokens 512 --pairs.count 2000 --pairs.tokens 120000 --evaluation.tokens 6144 \
-	  --evaluation.adversary-steps 20
+	$(BIN)/qkscope run $(DEMO) --out runs/demo
 	@echo "open runs/demo/report.html in a browser, or look closer: $(BIN)/qkscope serve runs/demo"
 
 gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
 	mkdir -p build/gpu
 	$(BIN)/pytest tests/unit/test_pattern_kl_triton.py
+	$(BIN)/qkscope run $(DEMO) --out build/gpu/run --training.device cuda
+	$(BIN)/torchrun --nproc-per-node gpu -m qkscope run $(DEMO) --out build/gpu/together --training.device cuda
 	$(BIN)/python benchmarks/pattern_kl.py --contexts 256 1024 4096 | tee build/gpu/pattern_kl.txt
 	for layers in "" --rotary; do \
 	  $(BIN)/python benchmarks/evaluation_memory.py --contexts 256 1024 4096 $$layers; done \
 	  | tee build/gpu/evaluation_memory.txt
-	for dtype in float32 bfloat16; do for size in small medium wide; do \
+	for dtype in float32 bfloat16; do for size in small batches medium wide; do \
 	  $(BIN)/qkscope bench speed --size $$size --dtype $$dtype --json build/gpu/speed_$${size}_$$dtype.json \
 	    | tee build/gpu/speed_$${size}_$$dtype.txt; done; done
 

@@ -194,8 +194,8 @@ class SpeedCommand(Config):
     """Time and memory of every part of a run at GPT-2 small's attention shape, beside what the machine can do at best
     and beside the published procedure."""
 
-    size: Literal["small", "medium", "wide", "large"] = "small"
-    """small: a few minutes on two cores. The others, wider and longer, are meant for a GPU."""
+    size: Literal["small", "batches", "medium", "wide", "large"] = "small"
+    """small: a few minutes on two cores. The others, with larger steps, wider and longer, are meant for a GPU."""
     dtype: Dtype = "float32"
     """Of our products; the published procedure's are float32."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None

@@ -81,6 +81,7 @@ class Size:
 GPT2_SMALL: Any = {"model_layers": 12, "layers": (2, 6, 10)}  # the published layers
 SIZES = {
     "small": Size(**GPT2_SMALL, all_layers=True),
+    "batches": Size(batch_tokens=16_384, **GPT2_SMALL),
     "medium": Size(
         context=1024, width=24_576, k=32, batch_tokens=8192, pairs=100_000, live=(2400, 2400), sample_tokens=8192,
         judged_tokens=2048, mask_steps=600, **GPT2_SMALL,
