@@ -16,9 +16,10 @@ import torch
 
 from . import parallel
 from .attention import AttentionSite, open_sites
-from .config import RunConfig, build, with_method
+from .config import Dtype, RunConfig, build, with_method
 from .data import check_text
 from .decomposition import Decomposition
+from .devices import product_seconds
 from .embedded import EMBEDDED_MODELS, with_defaults
 from .errors import UserError, nearest
 from .evaluate.layer import memory_of
@@ -185,8 +186,9 @@ def _lead(config: RunConfig, out: Path, quiet: bool) -> Run:
         _call(config, device, out, trained=trained)
         together = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
         reporter.message(f"loading {config.model}{together}")
-        if said := _idle(device):
-            reporter.message(said)
+        for said in (_idle(device), _slow(device, config.training.dtype)):
+            if said:
+                reporter.message(said)
         model, tokenizer = load_model(str(config.model), dtype=config.training.dtype, device=str(device))
         check_text(config.data, tokenizer)
         sites = open_sites(model, tokenizer, config.numbers, residual=_given(config))
@@ -218,6 +220,16 @@ def _idle(device: torch.device) -> str:
     if device != torch.device("cuda") or parallel.size() > 1 or (number := torch.cuda.device_count()) < 2:
         return ""
     return f"one of {number} GPUs is used; torchrun --nproc-per-node {number} -m qkscope run ... uses all"
+
+
+def _slow(device: torch.device, dtype: Dtype) -> str:
+    """What a person may want to know of a type that is there to be faster, where it is not; else nothing."""
+    if device.type != "cpu" or dtype == "float32":
+        return ""
+    times = product_seconds(dtype) / product_seconds("float32")
+    if times < 1:
+        return ""
+    return f"products in {dtype} take {times:.1f} times as long as in float32 here; --training.dtype float32 is faster"
 
 
 def _given(config: RunConfig) -> bool:
