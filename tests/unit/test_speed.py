@@ -230,7 +230,7 @@ def test_a_slip_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFi
     assert error.value.code == 2
     printed = capsys.readouterr().err
     assert said in printed and printed.count("\n") == 1
-    with pytest.raises(UserError, match="--size vast: choose small, medium, wide, large"):
+    with pytest.raises(UserError, match="--size vast: choose small, batches, medium, wide, large"):
         report.bench_speed("vast", None)
 
 

@@ -123,14 +123,14 @@ def blocked(
             meet = (true_q, true_k), (hat_q, hat_k), (hat_q, true_k), (true_q, hat_k)
             for out, (left, right) in zip(scores, meet, strict=True):
                 torch.bmm(left, right.mT, out=out)
-            slope = None if softcap is None else _cap_(scores, softcap)
+            slope = None if softcap is None else cap_(scores, softcap)
             if mask is not None:
                 scores.unflatten(2, (n_each, -1))[..., hull].add_(mask)
             sink = None
             if sink_N is not None:
                 sink = sink_N.view(n_groups, n_each, 1)[heads].expand(-1, -1, queries.stop - queries.start)
                 sink = sink.flatten(1)[..., None]
-            true, rows_kl = _patterns_(scores, sink, space[4:])
+            true, rows_kl = patterns_(scores, sink, space[4:])
             kl_3 += (rows_kl * weight_R1).sum((1, 2, 3))
             if not gradients:
                 continue
@@ -145,7 +145,7 @@ def blocked(
     return (kl_3, grad_q, grad_k) if gradients else (kl_3, None, None)
 
 
-def _cap_(scores: Tensor, softcap: float) -> Tensor:
+def cap_(scores: Tensor, softcap: float) -> Tensor:
     """Cap scores in place; the cap's derivative at those of the three kinds."""
     scores.div_(softcap).tanh_()
     slope = 1 - scores[1:].square()
@@ -153,19 +153,22 @@ def _cap_(scores: Tensor, softcap: float) -> Tensor:
     return slope
 
 
-def _patterns_(scores_4GRK: Tensor, sink_GR1: Tensor | None, space_5GRK: Tensor) -> tuple[Tensor, Tensor]:
-    """The true pattern, and each row's three KLs [3, G, R, 1] in nats; the three patterns replace their scores."""
-    top = scores_4GRK.amax(-1, keepdim=True)
+def patterns_(scores_SGRK: Tensor, sink_GR1: Tensor | None, space: Tensor) -> tuple[Tensor, Tensor]:
+    """The true pattern, and the KLs of each row [S - 1, G, R, 1] in nats; the other patterns replace their scores.
+
+    S kinds of scores, the true ones first; `space` is of one kind more.
+    """
+    top = scores_SGRK.amax(-1, keepdim=True)
     top = top if sink_GR1 is None else top.maximum(sink_GR1)
     # In units of log 2, for exponentials are powers of 2: torch.exp is slow where its result is 0 or denormal.
-    scores = torch.add(top * -LOG2_E, scores_4GRK, alpha=LOG2_E, out=scores_4GRK)
-    true, hat = torch.exp2(scores[0], out=space_5GRK[4]), scores[1:]
+    scores = torch.add(top * -LOG2_E, scores_SGRK, alpha=LOG2_E, out=scores_SGRK)
+    true, hat = torch.exp2(scores[0], out=space[-1]), scores[1:]
     sum_true = true.sum(-1, keepdim=True)
     sink = None if sink_GR1 is None else (sink_GR1 - top) * LOG2_E
     if sink is not None:
         sum_true += sink[0].exp2()
     true.div_(sum_true)
-    agreed = torch.mul(true, scores, out=space_5GRK[:4]).sum(-1, keepdim=True)
+    agreed = torch.mul(true, scores, out=space[:-1]).sum(-1, keepdim=True)
     sums = hat.exp2_().sum(-1, keepdim=True)
     if sink is not None:
         agreed += sink[0].exp2() / sum_true * sink
@@ -177,21 +180,26 @@ def _patterns_(scores_4GRK: Tensor, sink_GR1: Tensor | None, space_5GRK: Tensor)
 def _blocks(
     visible_QK: Tensor, n_groups: int, n_each: int, size: int
 ) -> Iterator[tuple[slice, slice, slice, slice, Tensor | None]]:
-    """Key heads, queries and keys of each block, and its mask: which of its keys, and what is added to their scores.
+    """Key heads, queries and keys of each block, and its mask: which of its keys, and what is added to their scores."""
+    n_rows = min(max(size // (n_each * len(visible_QK)), 1), ROWS)
+    for queries, keys, hull, mask in query_blocks(visible_QK, n_rows):
+        n_heads = max(size // (n_each * (queries.stop - queries.start) * (keys.stop - keys.start)), 1)
+        for first in range(0, n_groups, n_heads):
+            yield slice(first, min(first + n_heads, n_groups)), queries, keys, hull, mask
+
+
+def query_blocks(visible_QK: Tensor, n_rows: int) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
+    """So many queries at a time, the keys that they see, and which of these need a mask, and what it adds to scores.
 
     Keys that no query of a block sees are left out, and those that all of them see need no mask.
     """
     length = len(visible_QK)
-    n_rows = min(max(size // (n_each * length), 1), ROWS)
     bytes_QK = visible_QK.view(torch.uint8)  # maxima of bytes are fast where `any` is not
     for start in range(0, length, n_rows):
         queries = slice(start, min(start + n_rows, length))
         keys = _hull(bytes_QK[queries].amax(0))
         hull = _hull(1 - bytes_QK[queries, keys].amin(0))
-        mask = torch.where(visible_QK[queries, keys][:, hull], 0.0, MASKED) if hull.stop else None
-        n_heads = max(size // (n_each * (queries.stop - start) * (keys.stop - keys.start)), 1)
-        for first in range(0, n_groups, n_heads):
-            yield slice(first, min(first + n_heads, n_groups)), queries, keys, hull, mask
+        yield queries, keys, hull, torch.where(visible_QK[queries, keys][:, hull], 0.0, MASKED) if hull.stop else None
 
 
 def _hull(marked_K: Tensor) -> slice:

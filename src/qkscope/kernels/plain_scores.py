@@ -14,15 +14,18 @@ active key features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .head_kl import HeadKL, handed, returned
 from .row_sums import row_sums, row_weights_gradient, starts_of
 from .sparse_scores import Events
+
+Meetings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a batch's `meetings`
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ class _Batch:
         table_Un[self.row_L, self.token_L] = a_L
         return table_Un
 
-    def meetings(self, head: HeadLayout) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def by_sequence(self, y_Cn: Tensor) -> Tensor:
+        """Its rows by (key feature, sequence), [C·B, Q]."""
+        return y_Cn.unflatten(1, (self.batch, self.length)).flatten(0, 1)
+
+    def meetings(self, head: HeadLayout) -> Meetings:
         """Which active key features the head uses, by token; their rows of y and where each token's begin; then which
         they are by row of y, and where each row's begin. A row of y is a (key feature, sequence)."""
         column_F = self.keys.feature_L.new_full((self.layout.n_key,), -1)
@@ -101,12 +108,40 @@ class _Batch:
             again, starts_of(row_M[used], len(head.key_C) * self.batch),
         )  # fmt: skip
 
-    def scores(self, head: HeadLayout, y_Cn: Tensor, a_k_M: Tensor) -> Tensor:
+    def scores(self, meetings: Meetings, y_Cn: Tensor, a_k_M: Tensor) -> Tensor:
         """One head's, [B, K, Q]."""
-        used, row, start, *_ = self.meetings(head)
-        y = y_Cn.unflatten(1, (self.batch, self.length)).flatten(0, 1)
-        found = row_sums(row, y, start, a_k_M[used])  # [key token, query position]
+        used, row, start, *_ = meetings
+        found = row_sums(row, self.by_sequence(y_Cn), start, a_k_M[used])  # [key token, query position]
         return found.view(self.batch, self.length, self.length)
+
+
+class _Gradients:
+    """Those of both sides' activations and of S, added up head by head; None for what needs none."""
+
+    def __init__(self, seen: _Batch, a_k_M: Tensor, s_P: Tensor, table_Un: Tensor, needed: Sequence[bool]) -> None:
+        self.seen, self.a_k_M, self.s_P, self.table_Un = seen, a_k_M, s_P, table_Un
+        made = zip((table_Un, a_k_M, s_P), needed, strict=True)
+        self.to_table, self.to_k, self.to_s = (torch.zeros_like(of) if need else None for of, need in made)
+
+    def add(self, head: HeadLayout, meetings: Meetings, y_Cn: Tensor, grad_nQ: Tensor) -> None:
+        """Of one head's scores, [key token, query position]."""
+        seen, (used, row, start, again, start_y) = self.seen, meetings
+        if self.to_k is not None:
+            self.to_k[used] += row_weights_gradient(row, seen.by_sequence(y_Cn), start, grad_nQ)
+        to_y = row_sums(seen.keys.token_L[again], grad_nQ, start_y, self.a_k_M[again])
+        to_y = to_y.view(len(head.key_C), self.table_Un.shape[1])
+        if self.to_table is not None:
+            rows, column, start_q = head.by_query
+            self.to_table.index_add_(0, rows, row_sums(column, to_y, start_q, self.s_P[head.pairs]))
+        if self.to_s is not None:
+            order, row_q, start_k = head.by_key
+            self.to_s[head.pairs][order] = row_weights_gradient(row_q, self.table_Un, start_k, to_y)
+
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In a_q, a_k and S."""
+        seen = self.seen
+        to_q = None if self.to_table is None else self.to_table[seen.row_L, seen.token_L]
+        return to_q, self.to_k, self.to_s
 
 
 class _PlainScores(torch.autograd.Function):
@@ -118,7 +153,7 @@ class _PlainScores(torch.autograd.Function):
         scores = s_P.new_empty(seen.batch, len(heads), seen.length, seen.length)
         table_Un = seen.table(a_q_L)
         for n, head in enumerate(heads):
-            scores[:, n] = seen.scores(head, _y(table_Un, s_P, head), a_k_M).transpose(1, 2)
+            scores[:, n] = seen.scores(seen.meetings(head), _y(table_Un, s_P, head), a_k_M).transpose(1, 2)
         return scores
 
     @staticmethod
@@ -126,26 +161,32 @@ class _PlainScores(torch.autograd.Function):
         a_q_L, a_k_M, s_P = ctx.saved_tensors
         seen: _Batch = ctx.seen
         table_Un = seen.table(a_q_L)
-        wants_q, wants_k, wants_s = ctx.needs_input_grad[:3]
-        to_table = torch.zeros_like(table_Un) if wants_q else None
-        to_k = torch.zeros_like(a_k_M) if wants_k else None
-        to_s = torch.zeros_like(s_P) if wants_s else None
+        gradients = _Gradients(seen, a_k_M, s_P, table_Un, ctx.needs_input_grad[:3])
         for n, head in enumerate(seen.layout.heads):
-            used, row, start, again, start_y = seen.meetings(head)
             grad_nQ = grads[0][:, n].transpose(1, 2).flatten(0, 1).contiguous()
-            if to_k is not None:
-                y = _y(table_Un, s_P, head).unflatten(1, (seen.batch, seen.length)).flatten(0, 1)
-                to_k[used] += row_weights_gradient(row, y, start, grad_nQ)
-            to_y = row_sums(seen.keys.token_L[again], grad_nQ, start_y, a_k_M[again])
-            to_y = to_y.view(len(head.key_C), table_Un.shape[1])
-            if to_table is not None:
-                rows, column, start_q = head.by_query
-                to_table.index_add_(0, rows, row_sums(column, to_y, start_q, s_P[head.pairs]))
-            if to_s is not None:
-                order, row_q, start_k = head.by_key
-                to_s[head.pairs][order] = row_weights_gradient(row_q, table_Un, start_k, to_y)
-        to_q = None if to_table is None else to_table[seen.row_L, seen.token_L]
-        return to_q, to_k, to_s, None
+            gradients.add(head, seen.meetings(head), _y(table_Un, s_P, head), grad_nQ)
+        return *gradients.found(), None
+
+
+class _PlainKL(torch.autograd.Function):
+    """The KL of such scores; a head's gradient goes on before the next head's scores are made."""
+
+    @staticmethod
+    def forward(ctx: Any, a_q_L: Tensor, a_k_M: Tensor, s_P: Tensor, seen: _Batch, kl: HeadKL) -> tuple[Tensor, Tensor]:
+        table_Un, needed = seen.table(a_q_L), ctx.needs_input_grad[:3]
+        gradients = _Gradients(seen, a_k_M, s_P, table_Un, needed)
+        rows = []
+        for n, head in enumerate(seen.layout.heads):
+            meetings, y_Cn = seen.meetings(head), _y(table_Un, s_P, head)
+            scores_BKQ = seen.scores(meetings, y_Cn, a_k_M)
+            rows.append(kl.rows_(n, scores_BKQ.transpose(1, 2), gradient=any(needed)))
+            if any(needed):
+                gradients.add(head, meetings, y_Cn, scores_BKQ.flatten(0, 1))
+        return returned(ctx, kl, torch.stack(rows, 1), gradients.found())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *handed(ctx, grads[0]), None, None
 
 
 def _y(table_Un: Tensor, s_P: Tensor, head: HeadLayout) -> Tensor:
@@ -174,6 +215,22 @@ def plain_scores(
     return _PlainScores.apply(a_q_L.index_select(0, paired), a_k_M, s_P, seen)  # type: ignore[return-value]
 
 
+def plain_kl(
+    queries: Events,
+    a_q_L: Tensor,
+    keys: Events,
+    a_k_M: Tensor,
+    s_P: Tensor,
+    layout: PlainLayout,
+    batch: int,
+    length: int,
+    kl: HeadKL,
+) -> tuple[Tensor, Tensor]:
+    """Σ weight · KL under these scores, differentiable as they are, and the KL of each row [B, N, Q], which is not."""
+    seen, paired = _Batch.of(queries, keys, layout, batch, length)
+    return _PlainKL.apply(a_q_L.index_select(0, paired), a_k_M, s_P, seen, kl)  # type: ignore[return-value]
+
+
 def plain_scores_by_head(
     queries: Events,
     a_q_L: Tensor,
@@ -199,6 +256,7 @@ def plain_scores_by_head(
         table_un = a_q_L.new_zeros(len(row_u), batch * length)
         table_un[at_L[used], seen.token_L[used]] = a_q_L[used]
         order, row, start = head.by_key
-        return seen.scores(head, row_sums(place_U[row], table_un, start, s_P[head.pairs][order]), a_k_M)
+        y_Cn = row_sums(place_U[row], table_un, start, s_P[head.pairs][order])
+        return seen.scores(seen.meetings(head), y_Cn, a_k_M)
 
     return one

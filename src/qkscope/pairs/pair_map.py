@@ -14,15 +14,16 @@ Shapes: P kept pairs, F features of a side (bias not counted), n = B·T tokens; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..dictionary import SparseTranscoder
-from ..kernels.plain_scores import HeadLayout, PlainLayout, plain_scores, plain_scores_by_head
+from ..kernels.head_kl import HeadKL, OfHead, headwise_kl
+from ..kernels.plain_scores import HeadLayout, PlainLayout, plain_kl, plain_scores, plain_scores_by_head
 from ..kernels.sparse_scores import Cells, sparse_scores
 from ..pattern import PatternRule
 from ..rotary import Rotary
@@ -165,6 +166,33 @@ def active_scores(
     return rule.cap(scores)
 
 
+def active_kl(
+    pairs: Pairs,
+    strength_P: Tensor,
+    queries: Active,
+    keys: Active,
+    both_rows: Callable[[], tuple[Tensor, Tensor]],
+    rule: PatternRule,
+    kl: HeadKL,
+) -> tuple[Tensor, Tensor]:
+    """Σ weight · KL of the true pattern from that of `active_scores`, differentiable as they are, which are never held
+    for more than one head; and the KL of each row, [B, N, Q], without gradients."""
+    strength_P = strength_P * rule.scaling
+    if rule.rotary is None:
+        both = queries.events, queries.act_L, keys.events, keys.act_L
+        return plain_kl(*both, strength_P, pairs.plain_layout, keys.batch, keys.length, kl)
+    rotary = rule.rotary
+
+    def heads_of(strength: Tensor, act_q: Tensor, act_k: Tensor, *rows_FH: Tensor) -> OfHead:
+        both = replace(queries, act_L=act_q), replace(keys, act_L=act_k)
+        return _rotary_scores_by_head(
+            pairs, strength, *both, rows_FH[: pairs.n_heads], rows_FH[pairs.n_heads :], rotary
+        )
+
+    rows_FH = (row for rows in both_rows() for row in rows.unbind(1))
+    return headwise_kl(kl, heads_of, strength_P, queries.act_L, keys.act_L, *rows_FH)
+
+
 def active_scores_by_head(
     pairs: Pairs,
     strength_P: Tensor,
@@ -181,7 +209,8 @@ def active_scores_by_head(
         both = keys.events, keys.act_L, queries.events, queries.act_L
         one = plain_scores_by_head(*both, strength_P[order], turned.plain_layout, keys.batch, keys.length)
     else:
-        one = _rotary_scores_by_head(pairs, strength_P, queries, keys, *both_rows(), rule.rotary)
+        heads_q, groups_k = (rows.unbind(1) for rows in both_rows())
+        one = _rotary_scores_by_head(pairs, strength_P, queries, keys, heads_q, groups_k, rule.rotary)
 
     def some(heads: slice) -> Tensor:
         found = [one(head)[:, None] for head in range(heads.start, heads.stop)]
@@ -191,12 +220,18 @@ def active_scores_by_head(
 
 
 def _rotary_scores_by_head(
-    pairs: Pairs, strength_P: Tensor, queries: Active, keys: Active, rows_q: Tensor, rows_k: Tensor, rotary: Rotary
-) -> Callable[[int], Tensor]:
+    pairs: Pairs,
+    strength_P: Tensor,
+    queries: Active,
+    keys: Active,
+    heads_q: Sequence[Tensor],
+    groups_k: Sequence[Tensor],
+    rotary: Rotary,
+) -> OfHead:
+    """Of decoder rows [F + 1, H] of each query and key head."""
     batch, length = keys.batch, keys.length
     order, phase = rotary.phases()
     phase_nh = phase.expand(batch, -1, -1).flatten(0, 1)
-    heads_q, groups_k = rows_q[..., order].unbind(1), rows_k[..., order].unbind(1)
     # The query's bias is at every token: it meets the sum of its keys instead of each of them.
     on_bias = queries.events.feature_L == pairs.n_query
     bias = queries.take(on_bias.nonzero()[:, 0])
@@ -209,9 +244,11 @@ def _rotary_scores_by_head(
     def one(head: int) -> Tensor:
         here = pairs.of_head(head)
         end = here.start + int((pairs.query_P[here] < pairs.n_query).sum())  # the bias's pairs are the head's last
-        u_LH = turned_rows(heads_q[head], at_q.feature_L, queries.act_L, phase_Lh)
-        group = head * len(groups_k) // pairs.n_heads
-        v_MH = turned_rows(groups_k[group], at_k.feature_L, keys.act_L, phase_Mh)
+        rows_q, rows_k = (
+            rows_FH[:, order] for rows_FH in (heads_q[head], groups_k[head * len(groups_k) // pairs.n_heads])
+        )
+        u_LH = turned_rows(rows_q, at_q.feature_L, queries.act_L, phase_Lh)
+        v_MH = turned_rows(rows_k, at_k.feature_L, keys.act_L, phase_Mh)
         pair = slice(here.start, end)
         found = sparse_scores(u_LH, v_MH, strength_P[pair], pairs.query_P[pair], pairs.key_P[pair], at_q, cells)
         if end < here.stop:
@@ -219,7 +256,7 @@ def _rotary_scores_by_head(
             strength_F = strength_P.new_zeros(pairs.n_key + 1).index_put((pairs.key_P[pair],), strength_P[pair])
             sums_nH = v_MH.new_zeros(batch * length, v_MH.shape[1])
             sums_nH = sums_nH.index_add(0, at_k.token_L, v_MH * strength_F[at_k.feature_L, None])
-            query_BTH = turn(heads_q[head][-1].expand(len(phase), length, 1, -1), phase)[:, :, 0]
+            query_BTH = turn(rows_q[-1].expand(len(phase), length, 1, -1), phase)[:, :, 0]
             query_BTH = query_BTH * bias_n.view(batch, length, 1)
             found = found + query_BTH @ sums_nH.view(batch, length, -1).transpose(1, 2)
         return found

@@ -28,7 +28,7 @@ from ..training.job import Job
 from ..training.objective import PatternTarget, sparsity_loss
 from ..training.pair_penalty import pair_penalty
 from .active import Active
-from .pair_map import Pairs, active_scores, rows, weight_strength
+from .pair_map import Pairs, active_kl, rows, weight_strength
 
 
 class MapJob(Job):
@@ -112,15 +112,15 @@ class MapJob(Job):
         return self.key.W_dec.shape[1] // head_width
 
     def kl_rows(self, target: PatternTarget) -> tuple[Tensor, dict[str, Active]]:
-        """KL of each row under the sparse map, [B, N, Q], and each side's active features.
+        """KL of each row under the sparse map, [B, N, Q], and each side's active features; without gradients.
 
         Of frozen dictionaries only features that a pair names are encoded, where they are few.
         """
-        kl_rows, active, _ = self._through_map(target)
+        (_, kl_rows), active, _ = self._through_map(target)
         return kl_rows, active
 
-    def _through_map(self, target: PatternTarget) -> tuple[Tensor, dict[str, Active], Tensor]:
-        """`kl_rows`, and the sparsity loss of both sides and of the dropped pairs."""
+    def _through_map(self, target: PatternTarget) -> tuple[tuple[Tensor, Tensor], dict[str, Active], Tensor]:
+        """The mean KL and `kl_rows`, and the sparsity loss of both sides and of the dropped pairs."""
         active: dict[str, Active] = {}
         sparsity = target.x_nD.new_zeros(())
         if not self.dictionary_rate:
@@ -138,15 +138,16 @@ class MapJob(Job):
                 kept = (self.query_P, self.key_P, self.head_P)
                 penalty = pair_penalty(target, self.query, self.key, acts["query"], acts["key"], self.draw, free=kept)
                 sparsity = sparsity + self.dropped_sparsity * penalty
-        scores = active_scores(
+        kl = active_kl(
             self.pairs,
             self.strengths(target.rule),
             active["query"],
             active["key"],
             lambda: (rows(self.query, self.n_heads), rows(self.key, self.n_groups(target.rule))),
             target.rule,
+            target.by_head,
         )
-        return target.kl_rows(scores), active, sparsity
+        return kl, active, sparsity
 
     @torch.no_grad()
     def _too_dense(self, side: str, acts: Tensor | MostlyZero) -> bool:
@@ -160,8 +161,7 @@ class MapJob(Job):
 
     def loss(self, target: PatternTarget, autocast: torch.autocast) -> tuple[Tensor, dict[str, Any]]:
         """KL(P ‖ P(sparse map)) and the dictionaries' sparsity on one batch, and what to log of it."""
-        kl_rows, active, sparsity = self._through_map(target)
-        kl = target.mean(kl_rows)
+        (kl, _), active, sparsity = self._through_map(target)
         log = {"pattern_kl": kl.detach(), "pairs": float(len(self.factor_P))}
         for side in ("query", "key"):
             log[f"l0_{side}"] = active[side].l0  # of refit: of the features that a pair names, where these are few

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import parallel
 from ..devices import sent
 from ..dictionary import SparseTranscoder
+from ..kernels.head_kl import HeadKL
 from ..kernels.mostly_zero import MostlyZero
 from ..kernels.pattern_kl import pattern_kl
 from ..kernels.row_kl import exp, row_entropy, row_kl
@@ -113,6 +114,12 @@ class PatternTarget:
     def rotated(self) -> tuple[Tensor, Tensor]:
         """The true queries (scaled) and keys as they meet, float32."""
         return self.turn(self.inputs.q_BTNH) * self.rule.scaling, self.turn(self.inputs.k_BTGH)
+
+    @cached_property
+    def by_head(self) -> HeadKL:
+        """For scores that come one head at a time."""
+        rule = self.rule
+        return HeadKL(*self.rotated, rule.visible_BQK, self.weight_BQ, rule.sink_N, rule.softcap)
 
     def turn(self, x_BTnH: Tensor) -> Tensor:
         """Queries or keys after the rotary embedding, float32."""
