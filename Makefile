@@ -34,7 +34,8 @@ gpu: $(STAMP)
 	mkdir -p build/gpu
 	$(BIN)/pytest tests/unit/test_pattern_kl_triton.py
 	$(BIN)/qkscope run $(DEMO) --out build/gpu/run --training.device cuda
-	$(BIN)/torchrun --nproc-per-node gpu -m qkscope run $(DEMO) --out build/gpu/together --training.device cuda
+	gpus="$$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count(), 3))')"; \
+	  $(BIN)/torchrun --nproc-per-node "$$gpus" -m qkscope run $(DEMO) --out build/gpu/together --training.device cuda
 	$(BIN)/python benchmarks/pattern_kl.py --contexts 256 1024 4096 | tee build/gpu/pattern_kl.txt
 	for layers in "" --rotary; do \
 	  $(BIN)/python benchmarks/evaluation_memory.py --contexts 256 1024 4096 $$layers; done \

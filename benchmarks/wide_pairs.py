@@ -93,9 +93,8 @@ class Case:
         )  # fmt: skip
         job.keep(torch.arange(len(pairs)))  # as a run does: tune drops the features that no pair names
         job.train()
-        again = repeat(
-            Harvest({layer: inputs}, batch, batch.n_tokens, Padding.of(batch.real_BT))
-        )  # what a step costs without the model
+        # What a step costs without the model.
+        again = repeat(Harvest({layer: inputs}, batch, batch.n_tokens, Padding.of(batch.real_BT)))
         return Steps([job], again, CPU).step
 
 

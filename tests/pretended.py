@@ -134,7 +134,7 @@ class PretendedDevice(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         else:
             lands = bool(there)
-        if there and (func in READ or _reads_mask(func, args)):
+        if there and (func in READ or _reads_index(func, args)):
             self.waits[str(func)] += 1
         elif there and not lands:
             self.waits[f"{func} to the host"] += 1
@@ -168,9 +168,13 @@ def _far(x: Any, by_near: dict[int, Pretended]) -> Any:
     return by_near[id(x)] if id(x) in by_near else Pretended(x)
 
 
-def _reads_mask(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an index is a mask, whose marks must be counted first."""
-    return func in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+def _reads_index(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an index is a mask, whose marks must be counted first, or must be brought there."""
+    if func not in INDEXED:
+        return False
+    given = [x for x in args[1] if x is not None]
+    here = isinstance(args[0], Pretended) and not all(isinstance(x, Pretended) for x in given)
+    return here or any(x.dtype in (torch.bool, torch.uint8) for x in given)
 
 
 def _require_one_device(func: Any, args: tuple[Any, ...], given: list[Tensor]) -> None:
@@ -187,7 +191,9 @@ def _require_one_device(func: Any, args: tuple[Any, ...], given: list[Tensor]) -
     else:
         there = any(isinstance(x, Pretended) for x in given)
         numbers = torch.Tag.pointwise in func.tags or func in WITH_NUMBERS
-        wrong = [x for x in given if there and not isinstance(x, Pretended) and not (numbers and x.dim() == 0)]
+        changed = args[0] if func._schema.is_mutable and args else None  # a number of the CPU's must not be that
+        taken = [x for x in given if isinstance(x, Pretended) or (numbers and x.dim() == 0 and x is not changed)]
+        wrong = [x for x in given if there and all(x is not one for one in taken)]
     if wrong:
         devices = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in given)
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {devices}")

@@ -344,8 +344,8 @@ def kth_largest(values: Tensor, k: int, guess: Tensor | None = None) -> Tensor:
     """
     if _division is None:
         values = values.flatten()
-        if values.device.type != "cpu":  # there it is one block of threads that looks for the k-th, and all for k
-            return values.topk(k, sorted=False).values.amin()
+        if values.device.type != "cpu":
+            return _last_of_largest(values, k)
         if guess is not None and guess > 0:
             large = values[values > guess / 2]
             values = large if len(large) >= k else values
@@ -356,7 +356,12 @@ def kth_largest(values: Tensor, k: int, guess: Tensor | None = None) -> Tensor:
     largest = values.new_empty(size(), k)
     with _heard():
         dist.all_gather(list(largest), mine)
-    return largest.flatten().kthvalue(largest.numel() - k + 1).values
+    return _last_of_largest(largest.flatten(), k)
+
+
+def _last_of_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest; for the k largest a GPU looks with all that it has, for the k-th with one block of threads."""
+    return values.topk(k, sorted=False).values.amin()
 
 
 def whole_rows(rows_BX: Tensor) -> Tensor:

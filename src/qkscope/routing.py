@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Stop(Exception):
 
 @dataclass
 class Lengths:
-    """Of sequences at which a module was found causal, and at which it was not: a window is shorter than these."""
+    """The longest sequences at which a module was found causal, and the shortest at which not, beyond a window."""
 
     causal: int = 0
     other: int = sys.maxsize
@@ -56,7 +57,7 @@ class Lengths:
 Handler = Callable[[nn.Module, Tensor, Tensor, Tensor, PatternRule], Tensor | HeadPatterns | None]
 handlers: weakref.WeakKeyDictionary[nn.Module, Handler] = weakref.WeakKeyDictionary()
 _lengths: weakref.WeakKeyDictionary[nn.Module, Lengths] = weakref.WeakKeyDictionary()
-_plain = False
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
 _seen: list[nn.Module] | None = None  # while a list, every attention module that is called is noted in it
 
 
@@ -76,9 +77,8 @@ def _attention(
         _seen.append(module)
     handler = handlers.get(module)
     if handler is None and softcap is None and s_aux is None:
-        if _is_causal(
-            module, attention_mask, query, key
-        ):  # fused kernels then skip what no query sees; few do by a mask
+        # Fused kernels then skip what no query sees; few do by a mask.
+        if _is_causal(module, attention_mask, query, key):
             attention_mask, kwargs["is_causal"] = None, True
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rule = PatternRule(
@@ -109,30 +109,30 @@ def _of_keys(pattern: Tensor, value: Tensor) -> Tensor:
 def plain_batches() -> Iterator[None]:
     """While open, sequences are padded on the right or not at all, and what a layer sees follows from the length alone.
 
-    A mask need not be looked at then, which a GPU's host would wait for, where the module's longer ones were causal.
+    A mask need not be looked at then, which a GPU's host would wait for, where the module's longer ones were causal or
+    its shorter ones were not.
     """
-    global _plain
-    _plain = True
+    token = _plain.set(True)
     try:
         yield
     finally:
-        _plain = False
+        _plain.reset(token)
 
 
 def _is_causal(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
     """Whether every query sees itself and all keys before it, but for padding on the right: what a padded query sees
-    is of no account. Found out once for a mask, which layers share."""
-    if mask is None or mask.shape[2] != mask.shape[3]:
+    is of no account. Found out once for a mask, which layers share, and in `plain_batches` once for a length."""
+    if mask is None or mask.shape[2] != mask.shape[3] or not len(mask):
         return False
     known = _lengths.setdefault(module, Lengths())
-    if not (_plain and known.tell(mask.shape[2])):
+    if not (_plain.get() and known.tell(mask.shape[2])):
         if not hasattr(mask, "is_causal"):
             visible = _visible(mask, query, key)
             real_B1K = visible[:, -1:]  # the last query of a causal mask sees all that is no padding
             on_the_right = (real_B1K[..., 1:] <= real_B1K[..., :-1]).all()
             causal = visible == (torch.ones_like(visible[:1]).tril() & real_B1K)
             mask.is_causal = bool(causal.all() & on_the_right)  # type: ignore[attr-defined]
-        if not _plain:
+        if not _plain.get():
             return mask.is_causal  # type: ignore[attr-defined]
         known.note(mask.shape[2], causal=mask.is_causal)  # type: ignore[attr-defined]
     return mask.shape[2] <= known.causal

@@ -21,6 +21,7 @@ REFUSED: dict[str, Act] = {
     "values set": lambda there, here: there.index_put_((there.long(),), here),
     "added up": lambda there, here: there.index_add(0, here.long(), there),
     "a number that is not the CPU's": lambda there, here: here * there.sum(),
+    "into a number of the CPU's": lambda there, here: here.sum().add_(there.sum()),
     "chosen": lambda there, here: torch.where(there > 0, there, here),
 }
 TAKEN: dict[str, Act] = {
@@ -79,6 +80,7 @@ def test_what_the_host_waits_for_is_counted() -> None:
         lambda there, here: there.cpu(),
         lambda there, here: there.nonzero(),
         lambda there, here: there[there > 1],
+        lambda there, here: there[here.long()],
         lambda there, here: there.new_tensor([1.0]),
         lambda there, here: here.to(there.device),
         lambda there, here: torch.tensor([1.0], device=there.device),

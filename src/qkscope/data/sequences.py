@@ -263,9 +263,8 @@ class Sequences:
             tokens_BT[:, 0] = self._first
         for row, piece in enumerate(pieces):
             end = start + len(piece.tokens)
-            tokens_BT[row, start:end] = torch.from_numpy(
-                np.array(piece.tokens)
-            )  # torch reads a list a number at a time
+            tokens = np.array(piece.tokens)  # torch itself reads a list a number at a time
+            tokens_BT[row, start:end] = torch.from_numpy(tokens)
             real_BT[row, :end] = True
         document_B = torch.tensor([piece.document for piece in pieces])
         offset_B = torch.tensor([piece.offset for piece in pieces])

@@ -3,7 +3,8 @@
     KL(P ‖ softmax(mask(cap(s))))          ∂KL_r/∂s_rj = (P̂_rj - P_rj) · cap'(s_rj)
 
 The loss is a weighted sum of rows, so a head's gradient is known as soon as its scores are: it takes their place, and
-whoever made the scores hands it on before the next head's. Blocks and their steps are those of pattern_kl.py.
+whoever made the scores hands it on before the next head's. On a CPU it is found in blocks of queries, with the steps of
+pattern_kl.py.
 
 Shapes as in attention.py; R queries of a block.
 """
@@ -41,7 +42,8 @@ class HeadKL:
         self.q_BTNH, self.k_BTGH, self.weight_BQ = q_BTNH, k_BTGH, weight_BQ
         self.sink_N, self.softcap = sink_N, softcap
         self.blocks = _blocks(visible_BQK, len(q_BTNH))
-        self.largest = max(math.prod(part.stop - part.start for part in block[:3]) for block in self.blocks)
+        sizes = (math.prod(part.stop - part.start for part in block[:3]) for block in self.blocks)
+        self.largest = max(sizes, default=0)
 
     @property
     def n_heads(self) -> int:
@@ -55,9 +57,8 @@ class HeadKL:
         q_BQH, k_BKH = self.q_BTNH[:, :, head], self.k_BTGH[:, :, head * self.k_BTGH.shape[2] // self.n_heads]
         sink = None if self.sink_N is None else self.sink_N[head].float()
         rows_BQ = torch.empty_like(self.weight_BQ)
-        work = scores_BQK.new_empty(
-            5, self.largest
-        )  # kept: fresh pages for each block would take as long as its products
+        # Kept: fresh pages for each block would take as long as its products.
+        work = scores_BQK.new_empty(5, self.largest)
         for b, queries, keys, hull, mask in self.blocks:
             hat_BRK = scores_BQK[b, queries, keys]
             space = work[:, : hat_BRK.numel()].view(5, *hat_BRK.shape)
@@ -111,6 +112,8 @@ class _Headwise(torch.autograd.Function):
                     for i, grad in zip(wanted, found, strict=True):
                         if grad is not None:
                             sums[i] = sums[i] + grad if i in sums else grad
+                    del found
+                del scores_BQK, gradient_BQK  # and what made them, before the next head's are made
         return returned(ctx, kl, torch.stack(rows, 1), [sums.get(i) for i in range(len(leaves))])
 
     @staticmethod

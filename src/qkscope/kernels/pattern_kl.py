@@ -146,7 +146,7 @@ def blocked(
 
 
 def cap_(scores: Tensor, softcap: float) -> Tensor:
-    """Cap scores in place; the cap's derivative at those of the three kinds."""
+    """Cap scores of some kinds in place; the cap's derivative at all but the first kind's."""
     scores.div_(softcap).tanh_()
     slope = 1 - scores[1:].square()
     scores.mul_(softcap)

@@ -182,6 +182,7 @@ class _PlainKL(torch.autograd.Function):
             rows.append(kl.rows_(n, scores_BKQ.transpose(1, 2), gradient=any(needed)))
             if any(needed):
                 gradients.add(head, meetings, y_Cn, scores_BKQ.flatten(0, 1))
+            del meetings, y_Cn, scores_BKQ  # before the next head's are made
         return returned(ctx, kl, torch.stack(rows, 1), gradients.found())
 
     @staticmethod

@@ -175,8 +175,10 @@ def active_kl(
     rule: PatternRule,
     kl: HeadKL,
 ) -> tuple[Tensor, Tensor]:
-    """Σ weight · KL of the true pattern from that of `active_scores`, differentiable as they are, which are never held
-    for more than one head; and the KL of each row, [B, N, Q], without gradients."""
+    """Σ weight · KL of the true pattern from that of `active_scores`, of which one head's at a time are held.
+
+    Differentiable in what these are; and the KL of each row, [B, N, Q], which is not.
+    """
     strength_P = strength_P * rule.scaling
     if rule.rotary is None:
         both = queries.events, queries.act_L, keys.events, keys.act_L

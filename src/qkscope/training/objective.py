@@ -28,7 +28,7 @@ PARTS = 3.0, 1.0, 1.0  # of the three KLs in the loss
 
 @dataclass(frozen=True)
 class Padding:
-    """Which tokens of a batch are padding, as the host knows it."""
+    """Which tokens of a batch are padding; how many, the host knows."""
 
     place_n: Tensor | None
     """Where the real ones stand among those of all sequences, one after the other, int64; None: all are real."""

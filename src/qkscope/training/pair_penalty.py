@@ -80,14 +80,14 @@ def _variance(acts: Tensor | MostlyZero, on: Tensor) -> Tensor:
 
 
 def _drawn(on_F: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-    """`DRAWN` of the features that are on, in their order, and how many each stands for; all where there are fewer.
+    """`DRAWN` of the features that are on, in their order, and how many each stands for.
 
-    A GPU fills up with features that are not: how many are on, the host would have to wait for.
+    Where fewer are on: all of them, and on a GPU, whose host would have to wait to know how many, others up to `DRAWN`.
     """
     if on_F.device.type == "cpu" and len(index := on_F.nonzero()[:, 0]) <= DRAWN:
         return index, torch.ones(())
     lot_F = sent(torch.rand(len(on_F), generator=torch.Generator().manual_seed(draw)), on_F.device)
-    drawn = lot_F.masked_fill(~on_F, -1.0).topk(min(DRAWN, len(on_F))).indices
+    drawn = torch.where(on_F, lot_F, lot_F - 2).topk(min(DRAWN, len(on_F))).indices  # no ties: alike in all processes
     return drawn.sort().values, (on_F.sum() / DRAWN).clamp(min=1.0)
 
 

@@ -39,7 +39,8 @@ class Step1Job(Job):
         self.config, self.steering = config, steering
         self.register_buffer("log_k", torch.tensor([config.k, config.key_k], dtype=torch.float64).log())
         self._kl_3: Tensor | None = None
-        self._dead_before: dict[str, tuple[int, Tensor]] = {}  # of a side: for how many steps, and which
+        # Of a side: for how many steps, and which. A run that goes on on a GPU begins with the list of that moment.
+        self._dead_before: dict[str, tuple[int, Tensor]] = {}
         for side in ("query", "key"):
             idle = torch.zeros(self.side(side).width, dtype=torch.int64, device=query.W_enc.device)
             self.register_buffer(f"{side}_idle", idle)

@@ -137,7 +137,8 @@ class World:
 
     def read(self, batch: Batch) -> AttentionInputs:
         """What this layer's attention is handed."""
-        return harvest([self.site], batch.tokens_BT, batch.real_BT)[0]
+        with plain_batches():
+            return harvest([self.site], batch.tokens_BT, batch.real_BT)[0]
 
     def workbench(self, tokens: int) -> Workbench:
         """This layer with its sample, for maps and their pruning."""
