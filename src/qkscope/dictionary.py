@@ -178,14 +178,19 @@ class SparseTranscoder(nn.Module):
     def calibrate(self, x_nD: Tensor) -> None:
         """Set BatchTopK's threshold to the mean of what it chose on these tokens, 2048 at a time.
 
-        The running threshold lags behind weights that still move, and L0 at inference with it.
+        The running threshold lags behind weights that still move, and L0 at inference with it. It stands half way to
+        the next smaller size: on the size of a token that comes again, rounding would decide.
         """
         if self.activation != "batchtopk":
             return
         cuts = []
         for x in x_nD.split(CALIBRATION_TOKENS):
             sizes = self.pre(x).relu() * self.norms()
-            cuts.append(parallel.kth_largest(sizes, self._chosen(len(x)), self.threshold[0]) * len(x))
+            chosen = self._chosen(len(x))
+            edges = (
+                parallel.kth_largest(sizes, k, self.threshold[0]) for k in (chosen, min(chosen + 1, sizes.numel()))
+            )
+            cuts.append(sum(edges) / 2 * len(x))
         self.threshold.fill_(torch.stack(cuts).sum() / len(x_nD))
 
     def decode(self, acts: Tensor | MostlyZero) -> Tensor:

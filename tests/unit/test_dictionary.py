@@ -103,6 +103,15 @@ def test_batchtopk_threshold_gives_about_the_same_l0_at_inference(metric: bool) 
     assert float((t.encode(fresh) > 0).sum(1).double().mean()) == pytest.approx(5.0, rel=0.02)
 
 
+def test_a_calibrated_threshold_is_no_tokens_size() -> None:
+    """Tokens that come again would else be active or not by rounding; as many are active as were chosen."""
+    t = some_dictionary(6, 9, 8, 3, activation="batchtopk", k=2.5)
+    x = some_x(40)
+    t.calibrate(x)
+    near = (slow_sizes(t, x).flatten() - t.threshold[0]).detach().abs().min()
+    assert int((t.encode(x) > 0).sum()) == 100 and float(near) > 1e-5
+
+
 def test_the_first_batch_sets_the_threshold_and_later_ones_move_it() -> None:
     t = some_dictionary(6, 12, 8, 5, "batchtopk", 2.0).train()
     t.threshold.data.zero_()
