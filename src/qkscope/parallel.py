@@ -342,25 +342,21 @@ def kth_largest(values: Tensor, k: int, guess: Tensor | None = None) -> Tensor:
     One alone sorts them, which on a CPU takes as long as two products with the dictionary; so those under half of
     `guess` are left out first, wherever enough are left.
     """
-    if _division is None:
-        values = values.flatten()
-        if values.device.type != "cpu":
-            return _last_of_largest(values, k)
+    values = values.flatten()
+    if _division is not None:
+        mine = values.new_full((k,), -torch.inf)
+        here = min(k, len(values))
+        mine[:here] = values.topk(here, sorted=False).values
+        largest = values.new_empty(size(), k)
+        with _heard():
+            dist.all_gather(list(largest), mine)
+        values = largest.flatten()
+    elif values.device.type == "cpu":
         if guess is not None and guess > 0:
             large = values[values > guess / 2]
             values = large if len(large) >= k else values
         return values.kthvalue(len(values) - k + 1).values
-    mine = values.new_full((k,), -torch.inf)
-    here = min(k, values.numel())
-    mine[:here] = values.flatten().topk(here, sorted=False).values
-    largest = values.new_empty(size(), k)
-    with _heard():
-        dist.all_gather(list(largest), mine)
-    return _last_of_largest(largest.flatten(), k)
-
-
-def _last_of_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest; for the k largest a GPU looks with all that it has, for the k-th with one block of threads."""
+    # For the k largest a GPU looks with all that it has, for the k-th with one block of threads.
     return values.topk(k, sorted=False).values.amin()
 
 

@@ -121,21 +121,26 @@ def plain_batches() -> Iterator[None]:
 
 def _is_causal(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
     """Whether every query sees itself and all keys before it, but for padding on the right: what a padded query sees
-    is of no account. Found out once for a mask, which layers share, and in `plain_batches` once for a length."""
+    is of no account. In `plain_batches` found out once for a length."""
     if mask is None or mask.shape[2] != mask.shape[3] or not len(mask):
         return False
-    known = _lengths.setdefault(module, Lengths())
-    if not (_plain.get() and known.tell(mask.shape[2])):
-        if not hasattr(mask, "is_causal"):
-            visible = _visible(mask, query, key)
-            real_B1K = visible[:, -1:]  # the last query of a causal mask sees all that is no padding
-            on_the_right = (real_B1K[..., 1:] <= real_B1K[..., :-1]).all()
-            causal = visible == (torch.ones_like(visible[:1]).tril() & real_B1K)
-            mask.is_causal = bool(causal.all() & on_the_right)  # type: ignore[attr-defined]
-        if not _plain.get():
-            return mask.is_causal  # type: ignore[attr-defined]
-        known.note(mask.shape[2], causal=mask.is_causal)  # type: ignore[attr-defined]
-    return mask.shape[2] <= known.causal
+    if not _plain.get():
+        return _looks_causal(mask, query, key)
+    known, length = _lengths.setdefault(module, Lengths()), mask.shape[2]
+    if not known.tell(length):
+        known.note(length, causal=_looks_causal(mask, query, key))
+    return length <= known.causal
+
+
+def _looks_causal(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """`_is_causal` by the mask itself; found out once for one, which layers share."""
+    if not hasattr(mask, "is_causal"):
+        visible = _visible(mask, query, key)
+        real_B1K = visible[:, -1:]  # the last query of a causal mask sees all that is no padding
+        on_the_right = (real_B1K[..., 1:] <= real_B1K[..., :-1]).all()
+        causal = visible == (torch.ones_like(visible[:1]).tril() & real_B1K)
+        mask.is_causal = bool(causal.all() & on_the_right)  # type: ignore[attr-defined]
+    return mask.is_causal  # type: ignore[attr-defined]
 
 
 def _visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

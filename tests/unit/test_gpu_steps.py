@@ -1,4 +1,5 @@
-"""Steps of step 1 on a device that is not the CPU: the host never waits for it, and they are the CPU's."""
+"""Steps of step 1 on a device that is not the CPU are the CPU's, and the host waits for nothing but, now and then, how
+many features are dead."""
 
 from __future__ import annotations
 
